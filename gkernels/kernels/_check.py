@@ -1,0 +1,40 @@
+"""Host-side argument checks. Every message names the op, the argument, what came, what was expected and how to mend it."""
+
+from __future__ import annotations
+
+import torch
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def require(good: bool, op: str, argument: str, got: object, expected: str, error: type[Exception] = ValueError) -> None:
+    if not good:
+        raise error(f"gkernels.{op}: {argument}: got {got}, expected {expected}")
+
+
+def tensor(op: str, name: str, t: torch.Tensor, shape: tuple, dtypes: tuple, device: torch.device | None = None,
+           dense: int = 1, aligned: bool = True) -> None:
+    """Checks a tensor that a kernel will read or write. `shape` holds ints, or None where any size will do; the innermost `dense`
+    dimensions must be contiguous; `aligned` asks for a base address that divides by 16, which keeps loads vectors."""
+    if not isinstance(t, torch.Tensor):
+        raise TypeError(f"gkernels.{op}: {name}: got {type(t).__name__}, expected a torch.Tensor")
+    if t.dim() != len(shape) or any(want is not None and have != want for have, want in zip(t.shape, shape)):
+        raise ValueError(f"gkernels.{op}: {name}: got shape {list(t.shape)}, expected [{', '.join('any' if s is None else str(s) for s in shape)}]")
+    if t.dtype not in dtypes:
+        raise TypeError(f"gkernels.{op}: {name}: got {t.dtype}, expected {' or '.join(str(d) for d in dtypes)}; convert with .to()")
+    if device is not None and t.device != device:
+        raise ValueError(f"gkernels.{op}: {name}: got device {t.device}, expected {device} like the other arguments; move it with .to()")
+    step = 1
+    for dim in range(t.dim() - 1, t.dim() - 1 - dense, -1):
+        if t.shape[dim] > 1 and t.stride(dim) != step:
+            raise ValueError(f"gkernels.{op}: {name}: got strides {list(t.stride())}, expected the last {dense} dimension(s) contiguous; "
+                             "call .contiguous()")
+        step *= t.shape[dim]
+    if aligned and t.data_ptr() % 16:
+        raise ValueError(f"gkernels.{op}: {name}: got an address that is not a multiple of 16 bytes, expected an aligned one; call .clone()")
+
+
+def counter(op: str, name: str, t: torch.Tensor | None, device: torch.device) -> None:
+    """Checks an optional int32 [1] tensor, such as `num_tokens`."""
+    if t is not None:
+        tensor(op, name, t, (1,), (torch.int32,), device, aligned=False)

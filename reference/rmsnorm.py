@@ -1,0 +1,24 @@
+"""RMSNorm in plain PyTorch. Twin of gkernels/kernels/rmsnorm.py."""
+
+import torch
+
+
+def rmsnorm(x, weight, eps=1e-6, num_tokens=None):
+    wide = torch.promote_types(x.dtype, torch.float32)
+    y = x.to(wide)
+    y = (y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps) * weight.to(wide)).to(x.dtype)
+    return y if num_tokens is None else zero_pads(y, num_tokens)
+
+
+def add_rmsnorm(x, residual, weight, eps=1e-6, num_tokens=None):
+    """Adds x to residual in place, as the kernel does."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    total = (residual.to(wide) + x.to(wide)).to(residual.dtype)
+    residual.copy_(total if num_tokens is None else zero_pads(total, num_tokens))
+    return rmsnorm(residual.to(x.dtype), weight, eps, num_tokens)
+
+
+def zero_pads(y, num_tokens):
+    """Rows at or past num_tokens[0] as exact zeros, whatever they held."""
+    live = torch.arange(y.shape[0], device=y.device) < num_tokens
+    return torch.where(live.view(-1, *[1] * (y.dim() - 1)), y, torch.zeros_like(y))

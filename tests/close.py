@@ -1,0 +1,45 @@
+"""The only tolerances of the project, and how each is derived.
+
+A kernel's result is judged against its twin run in float64, by two rules that must both hold:
+1. Relative RMS error at most RELATIVE_RMS of the output's dtype. Storing a value in fp16 costs 2.8e-4 RMS at most (2^-11 / sqrt 3), in bf16
+   2.3e-3; the bounds leave room for a second rounding inside (the softmax weights of attention), not for a key too many in a row of 2000
+   (5.5e-3 in bf16). float32 outputs carry the error of sums in another order: about sqrt(K) * 2^-24, 1e-6 up to K = 16384.
+2. Greatest absolute error at most twice that of plain PyTorch in the same dtypes (the FlashAttention rule), plus one unit in the last place
+   of the greatest value, because PyTorch is sometimes exact by luck.
+Copies, indices and integer arithmetic are compared bit for bit with `assert_same`.
+"""
+
+import torch
+
+RELATIVE_RMS = {torch.float16: 5e-4, torch.bfloat16: 2.8e-3, torch.float32: 1e-6}
+
+
+def assert_close(got, want, plain, low=None):
+    """got: the kernel's output. want: the twin's, computed in float64. plain: the twin's, computed from the kernel's own inputs.
+    low: the coarsest dtype that the computation passes through, where it is coarser than the output's."""
+    assert got.shape == want.shape == plain.shape, f"shapes {list(got.shape)}, {list(want.shape)}, {list(plain.shape)}"
+    got64, want, plain = got.double(), want.double(), plain.double()
+    assert torch.equal(got64.isnan(), want.isnan()), f"NaN in {int(got64.isnan().sum())} places, expected {int(want.isnan().sum())}"
+    infinite = want.isinf()
+    assert torch.equal(got64.isinf(), infinite) and torch.equal(got64[infinite], want[infinite]), "infinities differ"
+    live = torch.isfinite(want)
+    error, size = (got64 - want)[live], want[live]
+    if not size.numel():
+        return
+    dtype = low or got.dtype
+    rms, greatest = error.norm() / size.norm().clamp_min(1e-30), error.abs().max()
+    allowed = 2 * (plain - want)[live].abs().max() + torch.finfo(dtype).eps * size.abs().max()
+    assert rms <= RELATIVE_RMS[dtype] or greatest == 0, f"relative RMS error {rms:.2e}, allowed {RELATIVE_RMS[dtype]:.1e} for {dtype}"
+    assert greatest <= allowed, f"greatest error {greatest:.3e}, allowed {allowed:.3e}"
+
+
+def assert_same(got, want):
+    """Bit for bit, so that NaN equals the same NaN and -0.0 is not 0.0."""
+    assert got.shape == want.shape and got.dtype == want.dtype, f"{got.dtype} {list(got.shape)} against {want.dtype} {list(want.shape)}"
+    same = bits(got) == bits(want)
+    assert same.all(), f"{int((~same).sum())} of {same.numel()} elements differ, first at {(~same).nonzero()[0].tolist()}"
+
+
+def bits(t):
+    """The tensor's bit patterns as integers."""
+    return t.contiguous().view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[t.element_size()])
