@@ -3,6 +3,7 @@
 Triton 3.6 interprets kernels with numpy when `TRITON_INTERPRET=1` is set before a kernel is decorated. Three of its gaps matter here:
 `range()` over a loaded integer fails with numpy >= 2.4, bf16 arithmetic and `tl.dot` work on raw bit patterns, and conversions to bf16
 truncate. `repair()` mends the first, makes bf16 dots and conversions exact, and turns bf16 arithmetic into an error that names the mend.
+It also sums dots in float64: numpy's float32 product of one row changes with the row's place in the matrix, which the GPU's does not.
 """
 
 from __future__ import annotations
@@ -43,14 +44,14 @@ def repair() -> None:
             wide = wide.clamp(-limit, limit)
         return wide.to(torch_types[target]).view(bits[target.primitive_bitwidth]).numpy().reshape(np.shape(data))
 
-    def as_float32(handle):
-        if handle.dtype.scalar == tl.bfloat16 or handle.dtype.scalar.primitive_bitwidth == 8 and handle.dtype.scalar.is_floating():
-            return convert_float(handle.data, handle.dtype.scalar, tl.float32, None).view(np.float32)
-        return handle.data.astype(np.float32) if handle.dtype.scalar == tl.float16 else handle.data
+    def widened(handle):
+        kind = handle.dtype.scalar
+        if kind == tl.bfloat16 or kind.primitive_bitwidth == 8 and kind.is_floating():
+            return convert_float(handle.data, kind, tl.float64, None).view(np.float64)
+        return handle.data.astype(np.float64) if kind.is_floating() else handle.data.astype(np.int64)
 
     def create_dot(builder, a, b, d, input_precision, max_num_imprecise_acc):
-        product = np.matmul(as_float32(a), as_float32(b)).astype(d.data.dtype)
-        return interpreter.TensorHandle(product + d.data, d.dtype.scalar)
+        return interpreter.TensorHandle((np.matmul(widened(a), widened(b)) + d.data).astype(d.data.dtype), d.dtype.scalar)
 
     def refuse_bf16(name):
         plain = getattr(interpreter.InterpreterBuilder, name)

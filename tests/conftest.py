@@ -15,12 +15,13 @@ torch.set_num_threads(1)
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import pytest  # noqa: E402
-from hypothesis import HealthCheck, settings  # noqa: E402
+from hypothesis import HealthCheck, Phase, settings  # noqa: E402
 
 COMMON = dict(deadline=None, database=None, derandomize=True, print_blob=True,
               suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture, HealthCheck.data_too_large])
 settings.register_profile("cpu", max_examples=20, **COMMON)
 settings.register_profile("gpu", max_examples=60, **COMMON)
+settings.register_profile("unshrunk", max_examples=20, phases=[Phase.generate], **COMMON)   # a failure at once, not a small one
 settings.register_profile("long", max_examples=1000, **COMMON)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "gpu" if CUDA else "cpu"))
 
