@@ -1,0 +1,259 @@
+"""Continuous batching over a paged cache: add, step, cancel, stream.
+
+Each step takes one token of every decoding request and fills the rest of its token budget with chunks of waiting prompts, so most steps mix
+prefill and decode rows; the whole step, from metadata to sampled tokens, is one replay of one graph. When pages run out, the youngest
+request gives its pages back and waits to be computed again: it loses time, not tokens, since a token depends on its own request alone.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from .. import ops
+from ..graph import Buckets, GraphRunner
+from .cache import OutOfPages, PagedCache, PagePool, bytes_per_page
+from .config import LlamaConfig
+from .llama import Llama
+from .load import load_weights
+from .step import Row, Step
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How one request's tokens are drawn and when it ends. temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 are off."""
+
+    max_tokens: int = 64
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int = 0
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+
+
+@dataclass
+class Request:
+    id: int
+    prompt: list[int]
+    sampling: Sampling
+    output: list[int] = field(default_factory=list)
+    pages: list[int] = field(default_factory=list)
+    computed: int = 0                      # tokens whose keys and values are in the cache
+    finish_reason: str | None = None       # "stop", "length", "cancelled" or "error: ..."
+
+    @property
+    def tokens(self) -> list[int]:
+        return self.prompt + self.output
+
+    @property
+    def length(self) -> int:
+        return len(self.prompt) + len(self.output)
+
+
+@dataclass(frozen=True)
+class Event:
+    """One request's news after a step: a token, or its end, or both. token is None where a request ended without one."""
+
+    request_id: int
+    token: int | None
+    finish_reason: str | None = None
+
+
+STATUS = {ops.BAD_LENGTH: "bad lengths", ops.BAD_PAGE: "a page outside the cache", ops.NO_TOKEN: "no finite logit",
+          ops.BAD_OPTION: "a bad sampling option"}
+
+
+class Engine:
+    """Serves one model. `max_tokens` and `max_requests` bound a step, `max_len` a sequence, `num_pages` the cache.
+
+    With `capture` the step is captured for `buckets` (default: `Buckets.up_to(max_tokens)`) at construction on a CUDA device."""
+
+    def __init__(self, model: Llama, max_tokens: int = 512, max_requests: int = 32, max_len: int | None = None, page_size: int = 16,
+                 num_pages: int | None = None, buckets: Buckets | None = None, capture: bool = True, progress: bool = False):
+        c, weights = model.config, model.weights
+        self.max_len = min(max_len or model.cos_sin.shape[0], model.cos_sin.shape[0])
+        pages_a_request = -(-self.max_len // page_size)
+        num_pages = max_requests * pages_a_request + 1 if num_pages is None else num_pages
+        for name, value, least in (("max_tokens", max_tokens, 1), ("max_requests", max_requests, 1), ("max_len", self.max_len, 2), ("num_pages", num_pages, 2)):
+            if value < least:
+                raise ValueError(f"gkernels.Engine: {name}: got {value}, expected at least {least}")
+        if max_tokens < max_requests:
+            raise ValueError(f"gkernels.Engine: max_tokens: got {max_tokens}, expected at least max_requests = {max_requests}, so that every "
+                             "request can decode in one step")
+        self.model, self.page_size, self.pool = model, page_size, PagePool(num_pages)
+        device, dtype = weights.embed.device, weights.embed.dtype
+        self.check_memory(num_pages * bytes_per_page(c.num_layers, page_size, c.num_kv_heads, c.head_dim, dtype), device)
+        self.cache = PagedCache.allocate(c.num_layers, num_pages, page_size, c.num_kv_heads, c.head_dim, dtype, device)
+        self.step_fn = Step(model, self.cache, max_tokens, max_requests, self.max_len)
+        self.runner = GraphRunner(self.step_fn, buckets or Buckets.up_to(max_tokens), device, (self.step_fn.buffers.check_addresses,))
+        self.waiting: deque[Request] = deque()
+        self.running: list[Request] = []
+        self.requests: dict[int, Request] = {}
+        self.steps = self.preemptions = 0
+        self._ids = itertools.count()
+        if capture:
+            self.runner.capture(progress)
+
+    @classmethod
+    def from_dir(cls, path: str | Path, device: torch.device | str | None = None, dtype: torch.dtype | None = None, max_len: int | None = None,
+                 **options) -> Engine:
+        """Loads a Hugging Face checkpoint folder and serves it; `options` are those of the constructor."""
+        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        config = LlamaConfig.from_dir(path)
+        max_len = min(max_len or config.max_position_embeddings, config.max_position_embeddings)
+        return cls(Llama.build(config, load_weights(path, config, device, dtype), max_len), max_len=max_len, **options)
+
+    @staticmethod
+    def check_memory(needed: int, device: torch.device) -> None:
+        if device.type == "cuda" and needed > (free := torch.cuda.mem_get_info(device)[0]):
+            raise ValueError(f"gkernels.Engine: num_pages: the cache needs {needed / 2**30:.1f} GiB, got {free / 2**30:.1f} GiB free; ask for fewer "
+                             "pages or a shorter max_len")
+
+    def add(self, prompt: Iterable[int], sampling: Sampling = Sampling()) -> int:
+        """Queues a request and returns its id. Raises ValueError, and queues nothing, for a prompt or options that cannot be served."""
+        prompt, vocab = list(prompt), self.model.config.vocab_size
+        if not prompt:
+            raise ValueError("gkernels.Engine.add: prompt: got no tokens, expected at least one; begin with the tokenizer's BOS token")
+        bad = [t for t in (*prompt, *sampling.stop_token_ids) if isinstance(t, bool) or not isinstance(t, int) or not 0 <= t < vocab]
+        if bad:
+            raise ValueError(f"gkernels.Engine.add: prompt or stop_token_ids: got {bad[:4]}, expected ids from 0 to {vocab - 1}")
+        most = min(self.max_len, (self.pool.num_pages - 1) * self.page_size)
+        if len(prompt) >= most:
+            raise ValueError(f"gkernels.Engine.add: prompt: got {len(prompt)} tokens, expected at most {most - 1}, what the cache holds beside one "
+                             "generated token; shorten it, or raise max_len and num_pages")
+        if isinstance(sampling.max_tokens, bool) or not isinstance(sampling.max_tokens, int) or sampling.max_tokens < 1:
+            raise ValueError(f"gkernels.Engine.add: max_tokens: got {sampling.max_tokens}, expected at least 1")
+        if not isinstance(sampling.seed, int) or not -2**63 <= sampling.seed < 2**63:
+            raise ValueError(f"gkernels.Engine.add: seed: got {sampling.seed}, expected a 64-bit integer")
+        ops.check_options(sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p, vocab)
+        request = Request(next(self._ids), prompt, sampling)
+        self.requests[request.id] = request
+        self.waiting.append(request)
+        return request.id
+
+    def cancel(self, request_id: int) -> None:
+        """Ends a request and returns its pages; its tokens so far stay readable in `requests`. Unknown or ended ids raise ValueError."""
+        request = self.requests.get(request_id)
+        if request is None or request.finish_reason:
+            raise ValueError(f"gkernels.Engine.cancel: request_id: got {request_id}, expected the id of a request that has not ended")
+        self._finish(request, "cancelled")
+
+    @property
+    def busy(self) -> bool:
+        return bool(self.waiting or self.running)
+
+    def step(self) -> list[Event]:
+        """Computes one batch and returns what it brought. With nothing to do, returns [] at once."""
+        batch = self._schedule()
+        if not batch:
+            return []
+        rows = [Row(r.tokens[r.computed:r.computed + n], r.computed + n, r.pages, r.sampling.temperature, r.sampling.top_k, r.sampling.top_p,
+                    r.sampling.min_p, r.sampling.seed) for r, n in batch]
+        self.runner.run(self.step_fn.stage(rows))
+        tokens, status = self.step_fn.read(len(rows))
+        self.steps += 1
+        events = []
+        for (request, n), token, flags in zip(batch, tokens, status, strict=True):
+            request.computed += n
+            if flags or (token < 0 and request.computed == request.length):
+                why = ", ".join(words for bit, words in STATUS.items() if flags & bit) or "no token"
+                events.append(self._finish(request, f"error: {why}"))
+            elif request.computed == request.length:        # the whole of it is in the cache: this token is the next
+                events.append(self._append(request, token))
+        return events
+
+    def _append(self, request, token):
+        request.output.append(token)
+        ends = request.sampling.stop_token_ids + (() if request.sampling.ignore_eos else self.model.config.eos_token_ids)
+        if token in ends:
+            return self._finish(request, "stop", token)
+        if len(request.output) >= request.sampling.max_tokens or request.length >= self.max_len:
+            return self._finish(request, "length", token)
+        return Event(request.id, token)
+
+    def _finish(self, request, reason, token=None):
+        request.finish_reason = reason
+        self._release(request)
+        for queue in (self.waiting, self.running):
+            if request in queue:
+                queue.remove(request)
+        return Event(request.id, token, reason)
+
+    def _release(self, request):
+        self.pool.free(request.pages)
+        request.pages, request.computed = [], 0
+
+    def _schedule(self) -> list[tuple[Request, int]]:
+        """The step's requests and how many tokens of each: first one token of every request that decodes, then prompt chunks."""
+        budget, batch = self.step_fn.max_tokens, []
+        order = sorted(self.running, key=lambda r: r.length - r.computed != 1)         # stable: decodes first, else by age
+        while order:
+            request = order.pop(0)
+            n = min(request.length - request.computed, budget)
+            if n and self._reserve(request, n, order, batch):
+                batch.append((request, n))
+                budget -= n
+        while self.waiting and budget and len(self.running) < self.step_fn.max_requests:
+            request = self.waiting[0]
+            n = min(request.length, budget)
+            try:
+                request.pages += self.pool.allocate(self._missing_pages(request, n))
+            except OutOfPages:
+                break                                       # it waits; nobody is preempted for a newcomer
+            self.waiting.popleft()
+            self.running.append(request)
+            batch.append((request, n))
+            budget -= n
+        return batch
+
+    def _missing_pages(self, request, n):
+        return -(-(request.computed + n) // self.page_size) - len(request.pages)
+
+    def _reserve(self, request, n, order, batch):
+        """Pages for n more tokens of a running request, preempting the youngest others while there are too few. False if it had to yield itself."""
+        while True:
+            try:
+                request.pages += self.pool.allocate(self._missing_pages(request, n))
+                return True
+            except OutOfPages:
+                youngest = max(self.running, key=lambda r: r.id)
+                self._preempt(youngest)
+                if youngest in order:
+                    order.remove(youngest)
+                batch[:] = [(r, m) for r, m in batch if r is not youngest]
+                if youngest is request:
+                    return False
+
+    def _preempt(self, request):
+        self._release(request)
+        self.running.remove(request)
+        self.waiting.appendleft(request)
+        self.preemptions += 1
+
+    def stream(self) -> Iterator[Event]:
+        """Steps until every request has ended, yielding events as they come."""
+        while self.busy:
+            yield from self.step()
+
+    def generate(self, prompts: Iterable[Iterable[int]], sampling: Sampling | Iterable[Sampling] = Sampling()) -> list[list[int]]:
+        """Runs all prompts to their end and returns their tokens. All prompts are checked before any is queued."""
+        prompts = [list(p) for p in prompts]
+        samplings = [sampling] * len(prompts) if isinstance(sampling, Sampling) else list(sampling)
+        ids: list[int] = []
+        try:
+            for prompt, options in zip(prompts, samplings, strict=True):
+                ids.append(self.add(prompt, options))
+        except ValueError:
+            for i in ids:
+                self.cancel(i)
+            raise
+        for _ in self.stream():
+            pass
+        return [self.requests[i].output for i in ids]
