@@ -11,8 +11,13 @@ import functools
 
 import torch
 
-from .kernels import activation, attention as _attention, embedding as _embedding, kv_cache, linear as _linear, rmsnorm as _rmsnorm
-from .kernels import rotary as _rotary, sampling, schedule as _schedule
+from .kernels import activation, kv_cache, sampling
+from .kernels import attention as _attention
+from .kernels import embedding as _embedding
+from .kernels import linear as _linear
+from .kernels import rmsnorm as _rmsnorm
+from .kernels import rotary as _rotary
+from .kernels import schedule as _schedule
 from .kernels.attention import config as attention_config
 from .kernels.rotary import cos_sin_table
 from .kernels.sampling import BAD_OPTION, NO_TOKEN, check_options
@@ -69,8 +74,8 @@ silu_and_mul = _register(
 linear_out = _register(
     "linear_out(Tensor x, Tensor weight, Tensor(a!) out, Tensor? bias=None, Tensor? num_tokens=None) -> ()", _linear.linear_out)
 linear = _register(
-    "linear(Tensor x, Tensor weight, Tensor? bias=None, Tensor? num_tokens=None) -> Tensor", _linear.linear,
-    lambda x, weight, bias=None, num_tokens=None: x.new_empty(x.shape[0], weight.shape[0]))
+    "linear(Tensor x, Tensor weight, Tensor? bias=None, Tensor? num_tokens=None, ScalarType? dtype=None) -> Tensor", _linear.linear,
+    lambda x, weight, bias=None, num_tokens=None, dtype=None: x.new_empty(x.shape[0], weight.shape[0], dtype=dtype or x.dtype))
 embedding_out = _register(
     "embedding_out(Tensor ids, Tensor weight, Tensor(a!) out, Tensor? num_tokens=None, int? padding_index=None) -> ()",
     _embedding.embedding_out)

@@ -53,3 +53,67 @@ def attention(device, dtype):
         for lse in (None, torch.zeros(batch.T, G * 2, device=device)):
             yield f"G{G} D{D}{' lse' if lse is not None else ''}", attention.attention_out, (
                 q, k_cache, v_cache, batch.metadata(device)[2], plan.items, plan.num_items, torch.empty_like(q), lse)
+
+
+@room
+def kv_cache(device, dtype):
+    from gkernels.kernels import kv_cache
+    slots = torch.tensor([5, -1, 40], device=device)
+    for K, D, DV in ((8, 128, 128), (2, 80, 80), (1, 576, 512), (70, 128, 128)):
+        k, v = torch.zeros(3, K, D, dtype=dtype, device=device), torch.zeros(3, K, DV, dtype=dtype, device=device)
+        k_cache, v_cache = (torch.zeros(4, 16, K, width, dtype=dtype, device=device) for width in (D, DV))
+        yield f"NHD K{K} D{D}", kv_cache.kv_write, (k, v, k_cache, v_cache, slots)
+    k, both = torch.zeros(3, 8, 128, dtype=dtype, device=device), torch.zeros(4, 8, 16, 256, dtype=dtype, device=device)
+    yield "HND halves", kv_cache.kv_write, (k, k.clone(), both[..., :128].transpose(1, 2), both[..., 128:].transpose(1, 2), slots)
+
+
+@room
+def rotary(device, dtype):
+    from gkernels.kernels import rotary
+    positions, slots = torch.tensor([5, 0, 31], dtype=torch.int32, device=device), torch.tensor([5, -1, 40], device=device)
+    for H, K, D, rotary_dim in ((8, 2, 128, 128), (16, 1, 256, 256), (71, 1, 64, 64), (4, 4, 80, 32), (6, 2, 96, 96)):
+        q, k, v = torch.zeros(3, H + 2 * K, D, dtype=dtype, device=device).split([H, K, K], 1)
+        k_cache, v_cache, weight = *torch.zeros(2, 4, 16, K, D, dtype=dtype, device=device), torch.ones(D, dtype=dtype, device=device)
+        q_out, k_out, cos_sin = q.new_zeros(q.shape), k.new_zeros(k.shape), rotary.cos_sin_table(rotary_dim, 32, device=device)
+        for interleaved in (False, True):
+            case = f"H{H} K{K} D{D} rotary_dim {rotary_dim}{' interleaved' * interleaved}"
+            yield case, rotary.rotary_out, (q, k, positions, cos_sin, interleaved, q_out, k_out, counter(2, device))
+            fused = (q, k, v, positions, cos_sin, slots, k_cache, v_cache, q_out, interleaved)
+            yield f"{case} kv_write", rotary.rotary_kv_write, (*fused, None, None, 1e-6, counter(2, device))
+            yield f"{case} norm kv_write", rotary.rotary_kv_write, (*fused, weight, weight, 1e-6, counter(2, device))
+
+
+@room
+def activation(device, dtype):
+    from gkernels.kernels import activation
+    for F in (48, 1000, 14336):
+        x, out = torch.zeros(3, 2 * F, dtype=dtype, device=device), torch.empty(3, F, dtype=dtype, device=device)
+        yield f"silu_and_mul F{F}", activation.silu_and_mul_out, (x, out, counter(2, device))
+
+
+@room
+def embedding(device, dtype):
+    from gkernels.kernels import embedding
+    for D, ids_dtype, padding_index in ((80, torch.int64, None), (4096, torch.int32, None), (4096, torch.int32, -1)):
+        weight, out = torch.zeros(7, D, dtype=dtype, device=device), torch.empty(3, D, dtype=dtype, device=device)
+        ids = torch.tensor([6, -1, 9], dtype=ids_dtype, device=device)
+        case = f"D{D} {str(ids_dtype)[6:]} padding {padding_index}"
+        yield case, embedding.embedding_out, (ids, weight, out, counter(2, device), padding_index)
+
+
+@room
+def linear(device, dtype):
+    from gkernels.kernels import linear
+    for T, N, K in ((1, 16, 256), (100, 16, 256), (1, 4224, 128), (1, 8448, 128), (200, 64, 64), (3, 5, 100), (300, 20, 64)):
+        x, weight, bias = (torch.zeros(*shape, dtype=dtype, device=device) for shape in ((T, K), (N, K), (N,)))
+        yield f"T{T} N{N} K{K}", linear.linear_out, (x, weight, torch.empty(T, N, dtype=dtype, device=device), bias, counter(1, device))
+        yield f"T{T} N{N} K{K} logits", linear.linear_out, (x, weight, torch.empty(T, N, device=device))
+
+
+@room
+def sampling(device, dtype):
+    from gkernels.kernels import sampling
+    for V in (1, 300, 5008):
+        logits, ints = torch.zeros(2, V, dtype=dtype, device=device), torch.ones(6, 2, dtype=torch.int32, device=device)
+        temperature, top_p, min_p = torch.tensor([[0.0, 0.8], [1.0, 0.9], [0.0, 0.1]], device=device)
+        yield f"V{V}", sampling.sample_out, (logits, temperature, ints[0], top_p, min_p, ints[1].long(), *ints[2:])

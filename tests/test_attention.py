@@ -157,7 +157,7 @@ def test_control_a_key_too_many_is_seen(device):
     arguments = problem(batch, 3, torch.float16, device, (4, 2), 64, poison=0.5)
     longer = (*arguments[:4], arguments[4] + 1, arguments[5])
     want = twin.attention(*(t.double() for t in arguments[:3]), *arguments[3:])[0]
-    with pytest.raises(AssertionError, match="relative RMS error|greatest error"):
+    with pytest.raises(AssertionError, match=r"relative RMS error|greatest error"):
         assert_close(room.attention(*longer)[0], want, twin.attention(*arguments)[0])
 
 

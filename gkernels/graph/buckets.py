@@ -16,7 +16,7 @@ class Buckets:
 
     @classmethod
     def up_to(cls, most: int) -> Buckets:
-        """1, 2, 4, 8, then steps of an eighth to a quarter of the size: at most a quarter of a step is padding above 8 tokens."""
+        """1, 2, 4, then steps of 8 to 32 (at most 7 pads), then of an eighth to a quarter of the size: less than a fifth of a step is pads."""
         sizes, n = [1, 2, 4], 8
         while n < most:
             sizes.append(n)
@@ -29,7 +29,8 @@ class Buckets:
     def pad(self, n: int) -> int:
         """The least capacity that holds n tokens."""
         if not self.covers(n):
-            raise ValueError(f"gkernels.graph.Buckets: pad: got {n} tokens, expected 1 to {self.sizes[-1]}; ask covers() first and run the step eagerly")
+            raise ValueError(f"gkernels.graph.Buckets: pad: got {n} tokens, expected 1 to {self.sizes[-1]}; ask covers() first and run the "
+                             "step eagerly")
         return self.sizes[bisect_left(self.sizes, n)]
 
     def __iter__(self):

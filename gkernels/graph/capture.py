@@ -33,7 +33,7 @@ class GraphRunner:
     """Captures `step(bucket)` for every bucket at `capture()`; `replay(n)` then runs the least bucket that covers n tokens.
 
     `covers(n)` tells whether a graph exists; `run(n)` replays where it does and calls `step` eagerly, at the capacity n, where it does not.
-    `owned` lists callables that raise if a static address has changed; they are called before every replay.
+    `checks` are callables that raise if a static address has changed; they are called before every replay.
     The runner stores no input buffers and frees none."""
 
     WARM_UPS = 2   # the first call compiles and loads kernels, the second runs as the capture will
@@ -46,7 +46,9 @@ class GraphRunner:
     @property
     def path(self) -> str:
         """How steps run here, in words."""
-        return f"captured graphs ({len(self.graphs)} buckets)" if self.graphs else "eager on " + ("CUDA" if self.device.type == "cuda" else "the CPU interpreter")
+        if self.graphs:
+            return f"captured graphs ({len(self.graphs)} buckets)"
+        return "eager on CUDA" if self.device.type == "cuda" else "eager on the CPU interpreter"
 
     def covers(self, n: int) -> bool:
         return bool(self.graphs) and self.buckets.covers(n)

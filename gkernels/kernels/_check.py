@@ -18,7 +18,7 @@ def tensor(op: str, name: str, t: torch.Tensor, shape: tuple, dtypes: tuple, dev
     dimensions must be contiguous; `aligned` asks for a base address that divides by 16, which keeps loads vectors."""
     if not isinstance(t, torch.Tensor):
         raise TypeError(f"gkernels.{op}: {name}: got {type(t).__name__}, expected a torch.Tensor")
-    if t.dim() != len(shape) or any(want is not None and have != want for have, want in zip(t.shape, shape)):
+    if t.dim() != len(shape) or any(want is not None and have != want for have, want in zip(t.shape, shape, strict=True)):
         raise ValueError(f"gkernels.{op}: {name}: got shape {list(t.shape)}, expected [{', '.join('any' if s is None else str(s) for s in shape)}]")
     if t.dtype not in dtypes:
         raise TypeError(f"gkernels.{op}: {name}: got {t.dtype}, expected {' or '.join(str(d) for d in dtypes)}; convert with .to()")

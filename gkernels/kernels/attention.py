@@ -24,7 +24,7 @@ LOG2_E = 1.4426950408889634
 MAX_GROUP = 16
 
 
-@triton.jit(do_not_specialize=["T", "R", "W", "N"], do_not_specialize_on_alignment=["num_items_ptr"])
+@triton.jit(do_not_specialize=["T", "R", "W", "N", "stride_br"], do_not_specialize_on_alignment=["num_items_ptr"])
 def _attention_kernel(
     q_ptr,             # [T, H, D]
     k_cache_ptr,       # [N, P, K, D]
@@ -104,9 +104,9 @@ def config(G: int, D: int, dtype: torch.dtype) -> Config:
     """Tiles from the model's constants alone: a change of tile is a change of bits, so no capacity and no length may decide it."""
     group = triton.next_power_of_2(G)
     if dtype == torch.float32:                       # exact products run on the scalar units: small tiles keep registers free
-        block_m, block_n, stages, warps = (16, 32, 1, 4) if D <= 128 else (16, 16, 1, 8)
+        block_m, block_n, stages, warps = 16, 32 if D <= 64 else 16, 1, 4 if D <= 64 else 8
     else:
-        block_m, block_n, stages, warps = (64, 64, 2, 4) if D <= 128 else (64, 32, 2, 8)
+        block_m, block_n, stages, warps = 64, 64 if D <= 64 else 32, 2, 4 if D <= 128 else 8
     return Config(block_m // group, block_m, block_n, stages, warps)
 
 
@@ -114,7 +114,8 @@ def attention_out(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor,
                   num_items: torch.Tensor, out: torch.Tensor, lse: torch.Tensor | None = None, scale: float | None = None) -> None:
     """Writes attention to `out` and, where given, log-sum-exp to `lse`. scale defaults to D ** -0.5; shapes as in the module.
     `items` must have been cut with this op's BLOCK_Q. Raises ValueError or TypeError on shapes, strides or dtypes that do not fit."""
-    _check.require(q.dim() == 3 and k_cache.dim() == 4, "attention", "q, k_cache", f"{q.dim()} and {k_cache.dim()} dimensions", "[T, H, D] and [N, P, K, D]")
+    _check.require(q.dim() == 3 and k_cache.dim() == 4, "attention", "q, k_cache", f"{q.dim()} and {k_cache.dim()} dimensions",
+                   "[T, H, D] and [N, P, K, D]")
     (T, H, D), (N, P, K, _), R = q.shape, k_cache.shape, block_table.shape[0]
     _check.require(K >= 1 and H % K == 0 and 1 <= H // K <= MAX_GROUP, "attention", "q", f"{H} query heads for {K} KV heads",
                    f"a multiple of the KV heads, at most {MAX_GROUP} times as many")

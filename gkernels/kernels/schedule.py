@@ -26,7 +26,7 @@ def _greater(a, b):
     return tl.maximum(a, b)
 
 
-@triton.jit(do_not_specialize=["T", "R", "W", "N", "BLOCK_Q"], do_not_specialize_on_alignment=["num_tokens_ptr", "num_items_ptr"])
+@triton.jit(do_not_specialize=["T", "R", "W", "N", "BLOCK_Q", "stride_br"], do_not_specialize_on_alignment=["num_tokens_ptr", "num_items_ptr"])
 def _schedule_kernel(
     query_start_loc_ptr,    # [R + 1]
     seq_lens_ptr,           # [R]

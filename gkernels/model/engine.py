@@ -81,7 +81,8 @@ class Engine:
         self.max_len = min(max_len or model.cos_sin.shape[0], model.cos_sin.shape[0])
         pages_a_request = -(-self.max_len // page_size)
         num_pages = max_requests * pages_a_request + 1 if num_pages is None else num_pages
-        for name, value, least in (("max_tokens", max_tokens, 1), ("max_requests", max_requests, 1), ("max_len", self.max_len, 2), ("num_pages", num_pages, 2)):
+        bounds = (("max_tokens", max_tokens, 1), ("max_requests", max_requests, 1), ("max_len", self.max_len, 2), ("num_pages", num_pages, 2))
+        for name, value, least in bounds:
             if value < least:
                 raise ValueError(f"gkernels.Engine: {name}: got {value}, expected at least {least}")
         if max_tokens < max_requests:
@@ -192,7 +193,8 @@ class Engine:
 
     def _schedule(self) -> list[tuple[Request, int]]:
         """The step's requests and how many tokens of each: first one token of every request that decodes, then prompt chunks."""
-        budget, batch = self.step_fn.max_tokens, []
+        budget = self.step_fn.max_tokens
+        batch: list[tuple[Request, int]] = []
         order = sorted(self.running, key=lambda r: r.length - r.computed != 1)         # stable: decodes first, else by age
         while order:
             request = order.pop(0)

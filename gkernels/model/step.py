@@ -55,6 +55,7 @@ class Step:
         if tokens > self.max_tokens or len(rows) > self.max_requests:
             raise ValueError(f"gkernels.Step: rows: got {tokens} tokens in {len(rows)} requests, expected at most {self.max_tokens} in "
                              f"{self.max_requests}; split the batch")
+        self.buffers.wait()
         stage = self.buffers.stage
         stage("token_ids", [t for row in rows for t in row.token_ids])
         stage("query_start_loc", np.cumsum([0, *lens]))
@@ -77,14 +78,14 @@ class Step:
         return self._plans[bucket]
 
     def __call__(self, bucket: int) -> torch.Tensor:
-        """Launches schedule, model and sampling for a capacity of `bucket` tokens; returns the static results [2, R]."""
+        """Launches schedule, model and sampling for a capacity of `bucket` tokens. Tokens and status land in `results`; returns the logits."""
         R, b, plan = self.requests(bucket), self.buffers, self.plan(bucket)
         seq_lens, block_table = b["seq_lens"][:R], b["block_table"][:R]
         ops.schedule_out(b["query_start_loc"][:R + 1], seq_lens, block_table, self.cache.page_size, self.cache.num_pages, self.block_q, plan)
         logits = self.model(b["token_ids"][:bucket], block_table, plan, self.cache)
         options = [b[name][:R] for name in ("temperature", "top_k", "top_p", "min_p", "seed")]
         ops.sample_out(logits, *options, seq_lens, seq_lens, plan.status, self.results[0, :R])     # the drawn token stands at position seq_len
-        return self.results
+        return logits
 
     def read(self, num_requests: int) -> tuple[list[int], list[int]]:
         """Waits for the step and returns tokens and status of its requests."""

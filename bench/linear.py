@@ -1,0 +1,36 @@
+"""linear against torch at the products of Llama 3.2 1B and Llama 3.1 8B, and at their logits (float32 out)."""
+
+import torch
+
+from bench.harness import bench
+from gkernels.kernels import linear
+
+SHAPES = {"1B qkv": (3072, 2048), "1B o": (2048, 2048), "1B gate_up": (16384, 2048), "1B down": (2048, 8192), "8B qkv": (6144, 4096),
+          "8B o": (4096, 4096), "8B gate_up": (28672, 4096), "8B down": (4096, 14336), "8B logits": (128256, 4096)}
+
+
+def cases():
+    """(case, bytes moved, floating-point operations, {provider: make})"""
+    for name, (N, K) in SHAPES.items():
+        dtype = torch.float32 if "logits" in name else torch.bfloat16
+        for T in (1, 16, 64, 256):
+            moved = N * K * 2 + T * K * 2 + T * N * dtype.itemsize                    # weights and x in, out written once
+            makes = {which: provider(which, T, N, K, dtype) for which in ("gkernels", "torch")}
+            yield f"{name} {T} x {N} x {K}", moved, 2 * T * N * K, makes
+
+
+def provider(name, T, N, K, dtype):
+    def make(i):
+        x, weight = (torch.randn(rows, K, dtype=torch.bfloat16, device="cuda") for rows in (T, N))
+        out = torch.empty(T, N, dtype=dtype, device="cuda")
+        if name == "gkernels":
+            return lambda: linear.linear_out(x, weight, out)
+        wider = {"out_dtype": dtype} if dtype != x.dtype else {}
+        return lambda: torch.mm(x, weight.T, out=out, **wider)
+    return make
+
+
+def main():
+    for case, moved, flops, makes in cases():
+        for name, make in makes.items():
+            bench("linear", case, name, make, bytes=moved, flops=flops)

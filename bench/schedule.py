@@ -1,0 +1,31 @@
+"""The schedule of a step, which runs once for all layers: one launch, against the floor of a graph node."""
+
+import torch
+
+from bench.harness import bench
+from gkernels.kernels import schedule
+
+PAGE = 16
+
+
+def cases():
+    """(case, query lengths, contexts)"""
+    yield "1 decode at 8192", [1], [8191]
+    yield "256 decodes at 1024", [1] * 256, [1023] * 256
+    yield "63 decodes at 2048 + 512 prefill", [1] * 63 + [512], [2047] * 63 + [0]
+    yield "8192 prefill", [8192], [0]
+
+
+def make(query_lens, contexts):
+    lens = [q + c for q, c in zip(query_lens, contexts, strict=True)]
+    width = -(-max(lens) // PAGE)
+    starts = torch.tensor([0, *query_lens]).cumsum(0).to("cuda", torch.int32)
+    table = torch.randint(1, 1000, (len(lens), width), dtype=torch.int32, device="cuda")
+    out = schedule.Schedule.allocate(sum(query_lens), len(lens), 16, "cuda")
+    seq_lens = torch.tensor(lens, dtype=torch.int32, device="cuda")
+    return lambda: schedule.schedule_out(starts, seq_lens, table, PAGE, 1000, 16, out)
+
+
+def main():
+    for case, query_lens, contexts in cases():
+        bench("schedule", case, "gkernels", lambda i, q=query_lens, c=contexts: make(q, c), cold=False)

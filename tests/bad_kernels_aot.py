@@ -1,0 +1,79 @@
+"""Kernels that break a rule of compilation, one each; tests/test_aot.py must catch them. The same face as tests/calls.py."""
+
+import torch
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _specialised_kernel(x_ptr, n, BLOCK: tl.constexpr):
+    offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(x_ptr + offs, 1.0, offs < n)
+
+
+@triton.jit
+def _specialised_stride_kernel(table_ptr, stride_tr, BLOCK: tl.constexpr):
+    tl.store(table_ptr + tl.program_id(0) * stride_tr, 1)
+
+
+@triton.jit(do_not_specialize=["n"])
+def _specialised_alignment_kernel(count_ptr, x_ptr, n, BLOCK: tl.constexpr):
+    offs = tl.arange(0, BLOCK)
+    tl.store(x_ptr + offs, 1.0, offs < tl.minimum(tl.load(count_ptr), n))
+
+
+@triton.jit(do_not_specialize=["n"])
+def _scalar_loads_kernel(x_ptr, n, BLOCK: tl.constexpr):
+    offs = tl.arange(0, BLOCK)
+    tl.store(x_ptr + offs, tl.load(x_ptr + offs, offs < n) * 2, offs < n)
+
+
+@triton.jit
+def _spilling_kernel(x_ptr, BLOCK: tl.constexpr):
+    offs = tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + offs)
+    tl.debug_barrier()
+    tl.store(x_ptr + offs, x * tl.sum(x))
+
+
+@triton.jit
+def _greedy_for_shared_memory_kernel(x_ptr, BLOCK: tl.constexpr):
+    rows, columns = tl.arange(0, BLOCK)[:, None], tl.arange(0, BLOCK)[None, :]
+    for i in range(8):
+        tile = tl.load(x_ptr + (i * BLOCK + rows) * BLOCK + columns)
+        tl.store(x_ptr + rows * BLOCK + columns, tl.dot(tile, tl.trans(tile)).to(x_ptr.dtype.element_ty))
+
+
+def fill(x):
+    _specialised_kernel[(1,)](x, x.shape[0], BLOCK=64)
+
+
+def fill_table(table):
+    _specialised_stride_kernel[(table.shape[0],)](table, table.stride(0), BLOCK=64)
+
+
+def fill_live(count, x):
+    _specialised_alignment_kernel[(1,)](count, x, x.shape[0], BLOCK=64)
+
+
+def double(x):
+    _scalar_loads_kernel[(1,)](x, x.shape[0], BLOCK=1024)
+
+
+def scale(x):
+    _spilling_kernel[(1,)](x, BLOCK=16384, num_warps=1)
+
+
+def square(x):
+    _greedy_for_shared_memory_kernel[(1,)](x, BLOCK=256, num_warps=8)
+
+
+def all_calls(device, dtypes=(torch.float32,)):
+    for dtype in dtypes:
+        x = torch.zeros(16384, dtype=dtype, device=device)
+        yield "specialised", fill, (x,)
+        yield "stride", fill_table, (torch.zeros(4, 8, dtype=torch.int32, device=device),)
+        yield "alignment", fill_live, (torch.ones(1, dtype=torch.int32, device=device), x)
+        yield "scalar loads", double, (x,)
+        yield "spilling", scale, (x,)
+        yield "shared", square, (x,)

@@ -1,0 +1,129 @@
+"""Every kernel of tests/calls.py compiled for GPUs that are not there: no spills, wide loads, and one binary a configuration."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.calls import ROOMS
+
+pytestmark = pytest.mark.aot
+
+HOPPER = "sm_90:float32,float16,bfloat16"
+OTHERS = ["sm_80:bfloat16", "sm_100:bfloat16", "sm_120:bfloat16", "gfx942:bfloat16"]   # all dtypes would take thrice as long
+SHARED = {"sm_80": 163, "sm_90": 227, "sm_100": 227, "sm_120": 99, "gfx942": 64}   # KiB that one program may have
+
+
+def compiled(*arguments):
+    """The JSON of tests/aot.py, run in a process that compiles kernels instead of interpreting them."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    run = subprocess.run([sys.executable, "-m", "tests.aot", *arguments], env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-4000:]
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def report():
+    return compiled(HOPPER, *OTHERS)
+
+
+@pytest.fixture(scope="module")
+def bad_report():
+    return compiled("--calls", "tests.bad_kernels_aot", "sm_90:bfloat16")
+
+
+def label(row):
+    return f"{row['target']} {row['case']} {row['kernel']}"
+
+
+def assert_compiled(rows):
+    failed = [f"{label(row)}: {row['error']}" for row in rows if "error" in row]
+    assert not failed, "\n".join(failed)
+
+
+def assert_nothing_spills(rows):
+    spilled = [f"{label(row)}: {row['spills']} spilled bytes, {row.get('local', 0)} local accesses, {row['registers']} registers"
+               for row in rows if row.get("spills") or row.get("local")]
+    assert not spilled, "\n".join(spilled)
+
+
+def assert_fits(rows):
+    large = [f"{label(row)}: {row['shared']} bytes of shared memory" for row in rows if row.get("shared", 0) > SHARED[row["target"]] * 1024]
+    assert not large, "\n".join(large)
+
+
+def assert_one_binary(census):
+    many = {(row["kernel"], str(row["told apart by"])):
+            f"{row['binaries']} binaries for {row['kernel']}, as in {row['case']}, told apart by {row['told apart by']}"
+            for row in census["configurations"] if row["binaries"] != 1}
+    assert not many, "\n".join(many.values())
+
+
+def assert_wide_loads(rows, narrow):
+    """Unvectorised loads: no more than `narrow`, those of scalars."""
+    slow = [f"{label(row)}: {row['narrow']} narrow loads, {row['wide']} of 16 bytes" for row in rows
+            if row["narrow"] > narrow or not row["wide"]]
+    assert rows and not slow, "\n".join(slow)
+
+
+@pytest.mark.parametrize("target", SHARED)
+def test_every_kernel_compiles_without_spills(report, target):
+    rows = [row for row in report["kernels"] if row["target"] == target]
+    assert {row["case"].split(".")[0] for row in rows} == set(ROOMS)
+    assert_compiled(rows)
+    assert_nothing_spills(rows)
+
+
+@pytest.mark.parametrize("target", SHARED)
+def test_every_kernel_fits_shared_memory(report, target):
+    assert_fits([row for row in report["kernels"] if row["target"] == target])
+
+
+def test_one_binary_a_configuration(report):
+    assert_one_binary(report["census"])
+    for room in ROOMS:
+        assert any(stood > 5 for case, stood in report["census"]["resizes"].items() if case.startswith(room + ".")), \
+            f"no call of {room} could be resized, so nothing was shown"
+
+
+def test_rmsnorm_loads_16_bytes_a_thread(report):
+    hot = [row for row in report["kernels"] if row["target"] == "sm_90" and row["kernel"] == "_rmsnorm_kernel" and "bfloat16" in row["case"]
+           and ("D4096" in row["case"] or "D16384" in row["case"])]
+    assert_wide_loads(hot, narrow=1)      # num_tokens
+
+
+def case(bad_report, name):
+    return [row for row in bad_report["kernels"] if row["case"] == name]
+
+
+@pytest.mark.parametrize("name, kernel", [("specialised", "_specialised_kernel"), ("stride", "_specialised_stride_kernel"),
+                                          ("alignment", "_specialised_alignment_kernel")])
+def test_a_second_binary_is_caught(bad_report, name, kernel):
+    rows = [row for row in bad_report["census"]["configurations"] if row["kernel"] == kernel]
+    with pytest.raises(AssertionError, match=f"[2-9] binaries for {kernel}"):
+        assert_one_binary({"configurations": rows})
+
+
+def test_spills_are_caught(bad_report):
+    with pytest.raises(AssertionError, match=r"spilling _spilling_kernel: [1-9][0-9]* spilled bytes"):
+        assert_nothing_spills(case(bad_report, "spilling"))
+    assert_nothing_spills(case(bad_report, "scalar loads"))
+
+
+def test_shared_memory_is_caught(bad_report):
+    with pytest.raises(AssertionError, match=r"_greedy_for_shared_memory_kernel: [0-9]* bytes of shared memory"):
+        assert_fits(case(bad_report, "shared"))
+    assert_fits(case(bad_report, "spilling"))
+
+
+def test_narrow_loads_are_caught(bad_report):
+    with pytest.raises(AssertionError, match=r"_scalar_loads_kernel: [0-9]* narrow loads"):
+        assert_wide_loads(case(bad_report, "scalar loads"), narrow=0)
+
+
+def test_an_interpreting_process_is_refused():
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    run = subprocess.run([sys.executable, "-m", "tests.aot", "sm_90:float32"], env=environment, capture_output=True, text=True)
+    assert run.returncode and "TRITON_INTERPRET is set" in run.stderr

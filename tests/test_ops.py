@@ -1,0 +1,269 @@
+"""The dispatcher face: schemas that tell the truth, fakes that match, and torch.compile that changes no bit."""
+
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch._subclasses import FakeTensorMode
+from torch.testing._internal.optests import OpCheckError
+from torch.utils._pytree import tree_map_only
+
+from gkernels import ops
+from gkernels.kernels import embedding as embedding_room
+from gkernels.kernels.rotary import cos_sin_table
+from tests.close import assert_same
+from tests.strategies import Batch, counter, randn, strided
+
+BACKENDS = ["aot_eager", pytest.param("inductor", marks=pytest.mark.gpu)]
+FACE_SECONDS = 5e-6     # what a call of the face may cost above the kernel's own launcher
+H, K, D, HIDDEN, V, PAGE = 4, 2, 16, 32, 50, 4
+BATCH = Batch([3, 1, 1], [0, 5, 2], PAGE, pads=2, spare_requests=1)
+T, R, BLOCK_Q = BATCH.T, BATCH.R, ops.attention_config(H // K, D, torch.float32).BLOCK_Q
+
+
+def inputs(device):
+    """Fresh tensors of one mixed step, some of them with strided rows."""
+    x = SimpleNamespace(
+        ids=torch.arange(T, dtype=torch.int32, device=device), n=counter(BATCH.num_tokens, device), embed=randn(0, V, HIDDEN, device=device),
+        x=strided(randn(1, T, HIDDEN, device=device)), residual=randn(2, T, HIDDEN, device=device), norm=randn(3, HIDDEN, device=device),
+        head_norm=randn(4, D, device=device), qkv=randn(5, T, H + 2 * K, D, device=device), head=randn(6, V, HIDDEN, device=device),
+        bias=randn(7, V, device=device), cos_sin=cos_sin_table(D, 32, device=device), logits=randn(8, R, V, device=device),
+        wide=randn(9, T, 2 * HIDDEN, device=device), seed=torch.arange(R, device=device),
+        temperature=torch.tensor([0.0, 0.8, 1.0, 1.0], device=device), top_k=torch.tensor([0, 5, 0, 1], dtype=torch.int32, device=device),
+        top_p=torch.tensor([1.0, 0.9, 0.5, 1.0], device=device), min_p=torch.tensor([0.0, 0.0, 0.1, 0.0], device=device))
+    x.query_start_loc, x.seq_lens, x.table = BATCH.metadata(device)
+    x.k_cache, x.v_cache = BATCH.caches(K, D, torch.float32, device)
+    x.q, x.k, x.v = x.qkv.split([H, K, K], 1)
+    x.plan = ops.schedule(x.query_start_loc, x.seq_lens, x.table, PAGE, BATCH.N, T, BLOCK_Q)
+    x.options = (x.temperature, x.top_k, x.top_p, x.min_p, x.seed, x.seq_lens, x.seq_lens)
+    x.out = lambda *shape, dtype=torch.float32: torch.zeros(shape, dtype=dtype, device=device)
+    return x
+
+
+CASES = {   # case: the inputs -> the positional and the keyword arguments of the registered op that the case is named after
+    "rmsnorm": lambda x: ((x.x, x.norm), {}),
+    "rmsnorm pads": lambda x: ((x.x, x.norm, 1e-5, x.n), {}),
+    "rmsnorm heads": lambda x: ((x.q, x.head_norm), dict(num_tokens=x.n)),
+    "rmsnorm empty": lambda x: ((x.x[:0], x.norm), {}),
+    "rmsnorm_out": lambda x: ((x.x, x.norm, 1e-5, x.out(T, HIDDEN)), dict(num_tokens=x.n)),
+    "add_rmsnorm": lambda x: ((x.x, x.residual, x.norm), {}),
+    "add_rmsnorm pads": lambda x: ((x.x, x.residual, x.norm, 1e-5), dict(num_tokens=x.n)),
+    "add_rmsnorm_out": lambda x: ((x.x, x.residual, x.norm, 1e-5, x.out(T, HIDDEN), x.n), {}),
+    "rotary": lambda x: ((x.q, x.k, x.plan.positions, x.cos_sin), {}),
+    "rotary pads": lambda x: ((x.q, x.k, x.plan.positions, x.cos_sin, True, x.n), {}),
+    "rotary_out": lambda x: ((x.q, x.k, x.plan.positions, x.cos_sin, False, x.out(T, H, D), x.out(T, K, D)), dict(num_tokens=x.n)),
+    "rotary_kv_write": lambda x: ((x.q, x.k, x.v, x.plan.positions, x.cos_sin, x.plan.slot_mapping, x.k_cache, x.v_cache, x.out(T, H, D)), {}),
+    "rotary_kv_write norms": lambda x: (
+        (x.q, x.k, x.v, x.plan.positions, x.cos_sin, x.plan.slot_mapping, x.k_cache, x.v_cache, x.out(T, H, D)),
+        dict(q_norm=x.head_norm, k_norm=x.head_norm, eps=1e-5, num_tokens=x.n)),
+    "kv_write": lambda x: ((x.k, x.v, x.k_cache, x.v_cache, x.plan.slot_mapping), {}),
+    "silu_and_mul": lambda x: ((strided(x.wide),), dict(num_tokens=x.n)),
+    "silu_and_mul empty": lambda x: ((x.wide[:0],), {}),
+    "silu_and_mul_out": lambda x: ((x.wide, x.out(T, HIDDEN)), {}),
+    "linear": lambda x: ((x.x, x.head), {}),
+    "linear bias": lambda x: ((x.x, x.head, x.bias, x.n), {}),
+    "linear half": lambda x: ((x.x.half(), x.head.half()), dict(dtype=torch.float32)),
+    "linear empty": lambda x: ((x.x[:0], x.head), {}),
+    "linear_out": lambda x: ((x.x, x.head, x.out(T, V)), dict(bias=x.bias, num_tokens=x.n)),
+    "embedding": lambda x: ((x.ids, x.embed, x.n), {}),
+    "embedding last": lambda x: ((x.plan.last_token, x.x), dict(padding_index=-1)),
+    "embedding_out": lambda x: ((x.ids, x.embed, x.out(T, HIDDEN)), {}),
+    "attention": lambda x: ((x.q, x.k_cache, x.v_cache, x.query_start_loc, x.seq_lens, x.table), {}),
+    "attention scale": lambda x: ((x.q.contiguous(), x.k_cache, x.v_cache, x.query_start_loc, x.seq_lens, x.table, 0.5), {}),
+    "attention_out": lambda x: ((x.q, x.k_cache, x.v_cache, x.table, x.plan.items, x.plan.num_items, x.out(T, H, D)), {}),
+    "attention_out lse": lambda x: ((x.q, x.k_cache, x.v_cache, x.table, x.plan.items, x.plan.num_items, x.out(T, H, D), x.out(T, H)),
+                                    dict(scale=0.5)),
+    "sample": lambda x: ((x.logits, *x.options, x.plan.status), {}),
+    "sample named": lambda x: ((x.logits, *x.options[:-1]), dict(seq_lens=x.seq_lens, status=x.plan.status)),
+    "sample_out": lambda x: ((x.logits, *x.options, x.plan.status, x.out(R, dtype=torch.int32)), {}),
+    "schedule_out": lambda x: ((x.query_start_loc, x.seq_lens, x.table, PAGE, BATCH.N, BLOCK_Q, *vars(x.plan).values()), {}),
+}
+
+
+def registered(name):
+    return getattr(torch.ops.gkernels, name).default
+
+
+def arguments(case, device):
+    return registered(case.split()[0]), *CASES[case](inputs(device))
+
+
+def test_every_registered_op_has_a_case():
+    assert {case.split()[0] for case in CASES} == {name.removeprefix("gkernels::") for name in ops._library._op_defs}
+
+
+def test_the_face_names_every_registered_op():
+    assert {case.split()[0] for case in CASES} <= set(ops.__all__) and all(hasattr(ops, name) for name in ops.__all__)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_opcheck(device, case):
+    op, args, kwargs = arguments(case, device)
+    torch.library.opcheck(op, args, kwargs)
+
+
+def outputs(result):
+    return result if isinstance(result, tuple) else () if result is None else (result,)
+
+
+def check_fake(op, args, kwargs):
+    """Runs the op on fakes of its arguments: what it returns there has the shapes, dtypes, strides and devices of the real outputs."""
+    with FakeTensorMode() as mode:
+        fakes = outputs(op(*tree_map_only(torch.Tensor, mode.from_tensor, args), **tree_map_only(torch.Tensor, mode.from_tensor, kwargs)))
+    reals = outputs(op(*args, **kwargs))
+    facts = lambda t: (t.shape, t.dtype, t.numel() and t.stride(), t.device)
+    assert [facts(t) for t in fakes] == [facts(t) for t in reals]
+    return reals
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_fakes_equal_real_outputs(device, case):
+    op, args, kwargs = arguments(case, device)
+    reals = check_fake(op, args, kwargs)
+    writes_to_out = op._schema.name.endswith(("_out", "write"))
+    assert (not reals) == writes_to_out == (not op._schema.returns)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case != "schedule_out"])    # its face takes the Schedule whole
+def test_face_equals_registered_op(device, case):
+    """The eager face and the dispatcher run the same kernel: the same returns, and the same bits left in every argument."""
+    op, args, kwargs = arguments(case, device)
+    _, same_args, same_kwargs = arguments(case, device)
+    got, want = getattr(ops, case.split()[0])(*args, **kwargs), op(*same_args, **same_kwargs)
+    for a, b in zip((*outputs(got), *args, *kwargs.values()), (*outputs(want), *same_args, *same_kwargs.values()), strict=True):
+        if isinstance(a, torch.Tensor):
+            assert_same(a, b)
+
+
+def test_schedule_face_equals_registered_op(device):
+    op, args, _ = arguments("schedule_out", device)
+    op(*args)
+    plan = ops.schedule(*args[:5], T, BLOCK_Q)
+    for got, want in zip(vars(plan).values(), args[6:], strict=True):
+        assert_same(got, want)
+
+
+@pytest.fixture
+def scratch(monkeypatch):
+    """ops._register, but into a namespace that ends with the test."""
+    with torch.library._scoped_library("gkernels_test", "FRAGMENT") as library:
+        monkeypatch.setattr(ops, "NAMESPACE", "gkernels_test")
+        monkeypatch.setattr(ops, "_library", library)
+        yield ops._register
+
+
+
+def write(*tensors):
+    for t in tensors:
+        t.add_(1)
+
+
+def pair(device):
+    return torch.ones(2, 3, device=device), torch.zeros(2, 3, device=device)
+
+
+@pytest.mark.parametrize("broken", [
+    ("bad(Tensor x, Tensor out) -> ()", lambda x, out: write(out)),                                    # writes what it calls read-only
+    ("bad(Tensor x, Tensor(a!) out) -> ()", lambda x, out: write(out, x)),                              # writes more than it declares
+    ("bad(Tensor x, Tensor out) -> Tensor", lambda x, out: out, lambda x, out: out),                    # returns what it was given
+], ids=["undeclared write", "second write", "alias"])
+def test_a_lying_schema_is_caught(device, scratch, broken):
+    scratch(*broken)
+    with pytest.raises(OpCheckError):
+        torch.library.opcheck(torch.ops.gkernels_test.bad.default, pair(device))
+
+
+@pytest.mark.parametrize("real", [
+    lambda x, out: x[:1].clone(), lambda x, out: x.half(), lambda x, out: x.new_zeros(3, 2).T], ids=["shape", "dtype", "strides"])
+def test_a_lying_fake_is_caught(device, scratch, real):
+    scratch("bad(Tensor x, Tensor out) -> Tensor", real, lambda x, out: torch.empty_like(x))
+    with pytest.raises(AssertionError):
+        check_fake(torch.ops.gkernels_test.bad.default, pair(device), {})
+
+
+def test_the_face_costs_little(scratch):
+    """A stub behind the face against the stub alone: the least of many repeats, which a busy machine disturbs least."""
+    stub = lambda x, weight, eps=1e-6, num_tokens=None: None
+    face = scratch("stub(Tensor x, Tensor weight, float eps=1e-6, Tensor? num_tokens=None) -> ()", stub)
+    x = torch.zeros(1)
+
+    def seconds(function, calls=1000):
+        start = time.perf_counter()
+        for _ in range(calls):
+            function(x, x, 1e-5, num_tokens=x)
+        return (time.perf_counter() - start) / calls
+
+    assert min(seconds(face) for _ in range(20)) - min(seconds(stub) for _ in range(20)) < FACE_SECONDS
+
+
+def layer(ids, embed, norm, qkv_weight, o_weight, head, table, query_start_loc, seq_lens, cos_sin, k_cache, v_cache, status, options):
+    """A layer of the model from ids to tokens: keys are written, then attended; residual and status change in place, values are returned."""
+    plan = ops.schedule(query_start_loc, seq_lens, table, PAGE, k_cache.shape[0], ids.shape[0], BLOCK_Q)
+    residual = ops.embedding(ids, embed, plan.num_tokens)
+    x = ops.rmsnorm(residual, norm, 1e-5, plan.num_tokens)
+    qkv = ops.linear(x, qkv_weight, num_tokens=plan.num_tokens).view(ids.shape[0], H + 2 * K, D)
+    q, k, v = qkv.split([H, K, K], 1)
+    rotated, attended = torch.empty_like(q.contiguous()), torch.empty_like(q.contiguous())
+    ops.rotary_kv_write(q, k, v, plan.positions, cos_sin, plan.slot_mapping, k_cache, v_cache, rotated, num_tokens=plan.num_tokens)
+    ops.attention_out(rotated, k_cache, v_cache, table, plan.items, plan.num_items, attended)
+    x = ops.linear(attended.view(ids.shape[0], H * D), o_weight, num_tokens=plan.num_tokens)
+    x = ops.add_rmsnorm(x, residual, norm, 1e-5, plan.num_tokens)
+    ops.rmsnorm_out(residual, norm, 1e-5, residual)
+    last = ops.embedding(plan.last_token, x + residual, padding_index=-1)
+    logits = ops.linear(last, head)
+    return ops.sample(logits, *options, status), logits, residual
+
+
+def layer_arguments(device):
+    x = inputs(device)
+    return dict(ids=x.ids, embed=x.embed, norm=x.norm, qkv_weight=randn(11, (H + 2 * K) * D, HIDDEN, device=device),
+                o_weight=randn(12, HIDDEN, H * D, device=device), head=x.head, table=x.table, query_start_loc=x.query_start_loc,
+                seq_lens=x.seq_lens, cos_sin=x.cos_sin, k_cache=x.k_cache, v_cache=x.v_cache, status=torch.full_like(x.seq_lens, 64),
+                options=x.options)
+
+
+def check_compiled(compiled, plain, make, device):
+    got_args, want_args = make(device), make(device)
+    got, want = compiled(**got_args), plain(**want_args)
+    for a, b in zip((*got, *got_args.values()), (*want, *want_args.values()), strict=True):
+        if isinstance(a, torch.Tensor):
+            assert_same(a, b)
+    before = make(device)
+    return [name for name, t in before.items() if isinstance(t, torch.Tensor) and not torch.equal(t, got_args[name])]
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_compile_changes_no_bit(device, backend, dynamic):
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, fullgraph=True, backend=backend, dynamic=dynamic)
+    assert check_compiled(compiled, layer, layer_arguments, device) == ["k_cache", "v_cache"]
+
+
+def test_a_forgotten_write_is_caught(device, scratch):
+    """An op that does not say that it writes runs against its caller's idea of the tensor: compiled, the read after it comes too early."""
+    bad = scratch("bump(Tensor x) -> ()", lambda x: write(x))
+    eager = lambda x: (bad(x), x * 2)[1:]
+    torch._dynamo.reset()
+    with pytest.raises(AssertionError):
+        check_compiled(torch.compile(eager, fullgraph=True, backend="aot_eager"), eager, lambda device: dict(x=torch.zeros(4, device=device)), device)
+
+
+def test_compiled_graph_holds_the_registered_ops(device):
+    """Dynamo sees one opaque call an op: nothing of a kernel's launcher is traced."""
+    targets = []
+
+    def backend(graph, _):
+        targets.extend(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
+        return graph.forward
+
+    torch._dynamo.reset()
+    torch.compile(layer, fullgraph=True, backend=backend)(**layer_arguments(device))
+    ours = [t.split(".")[1] for t in targets if t.startswith("gkernels.")]
+    assert ours == ["schedule_out", "embedding", "rmsnorm", "linear", "rotary_kv_write", "attention_out", "linear", "add_rmsnorm", "rmsnorm_out",
+                    "embedding", "linear", "sample"]
+
+
+def test_metadata_of_the_face():
+    assert ops.embedding.__doc__ == embedding_room.embedding.__doc__ and ops.embedding.__name__ == "embedding"

@@ -1,0 +1,333 @@
+"""sample against its twin (a stable sort in float64), its parts, and the distribution that it draws from."""
+
+import math
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import reference.sampling as twin
+from gkernels.kernels import sampling as room
+from tests.close import assert_close, assert_same
+from tests.strategies import dtypes, poisons, randn, seeds, strided
+
+INF, NAN = float("inf"), float("nan")
+NEAR = 1e-5               # a float32 score or mass is off by a few 2^-22: where the twin decides by less, either answer is right
+DF, CHI_SQUARE_BOUND = 63, 63 + 6 * math.sqrt(2 * 63)
+OPTIONS = dict(temperature=(1.0, torch.float32), top_k=(0, torch.int32), top_p=(1.0, torch.float32), min_p=(0.0, torch.float32),
+               seed=(0, torch.int64), position=(0, torch.int32), seq_lens=(1, torch.int32), status=(0, torch.int32))
+
+few = settings(max_examples=settings.default.max_examples // 3)       # two bisections take the interpreter 0.1 s a row
+vocabularies = st.sampled_from([1, 2, 16, 100, 300])
+temperatures = st.sampled_from([0.0, 0.2, 0.7, 1.0, 3.0, 1e4])
+top_ks = st.sampled_from([0, 1, 2, 5, 50, 10**6])
+top_ps = st.sampled_from([1.0, 0.99, 0.9, 0.5, 0.1, 1e-6])
+min_ps = st.sampled_from([0.0, 0.01, 0.1, 0.5, 1.0])
+
+
+def batch(logits, **given):
+    """The arguments of `sample`: each option a number for all rows, or one a row."""
+    R, device = logits.shape[0], logits.device
+    return dict(logits=logits, **{name: torch.as_tensor(given.get(name, default), dtype=dtype, device=device).expand(R).clone()
+                                  for name, (default, dtype) in OPTIONS.items()})
+
+
+def draw_logits(seed, kind, R, V, dtype, device):
+    x = randn(seed, R, V) * 3
+    return {"normal": x, "ties": x.round(), "flat": x * 0, "peaked": x * 20, "holes": x.masked_fill(x > 2, -INF)}[kind].to(device, dtype)
+
+
+kinds = st.sampled_from(["normal", "ties", "flat", "peaked", "holes"])
+
+
+def right_tokens(arguments):
+    """For each row the tokens that may be drawn: one, but for decisions within NEAR."""
+    options = {k: v for k, v in arguments.items() if k not in ("seq_lens", "status")}
+    answers = [set() for _ in range(len(arguments["status"]))]
+    for factor in (1 - NEAR, 1.0, 1 + NEAR):
+        moved = options | dict(top_p=(options["top_p"] * factor).clamp(max=1.0), min_p=(options["min_p"] * factor).clamp(max=1.0))
+        scores = twin.scores(**moved)
+        for answer, near in zip(answers, scores >= scores.amax(-1, keepdim=True) - NEAR, strict=True):
+            answer.update(near.nonzero()[:, 0].tolist())
+    return answers
+
+
+def check_equals_reference(sample, arguments):
+    mine, its = ({k: v.clone() for k, v in arguments.items()} for _ in range(2))
+    got, want = sample(**mine).tolist(), twin.sample(**its).tolist()
+    assert_same(mine["status"], its["status"])
+    for row, (g, w, allowed) in enumerate(zip(got, want, right_tokens(arguments), strict=True)):
+        drawn = w >= 0 and 0 < arguments["temperature"][row] < INF
+        assert g == w or (drawn and g in allowed), f"row {row}: token {g}, expected {w}"
+
+
+@given(seeds, dtypes, kinds, vocabularies, temperatures, top_ks, top_ps, min_ps, st.booleans())
+def test_equals_reference(device, seed, dtype, kind, V, temperature, top_k, top_p, min_p, is_strided):
+    logits = draw_logits(seed, kind, 2, V, dtype, device)
+    arguments = batch(strided(logits) if is_strided else logits, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
+                      seed=[-seed, 2**63 - 1 - seed], position=[2**31 - 1, seed % 1000])
+    check_equals_reference(room.sample, arguments)
+
+
+@pytest.mark.parametrize("V", [1, 2, 999, 1024, 4097, *(pytest.param(V, marks=pytest.mark.gpu) for V in (32000, 128256, room.MAX_V))])
+def test_equals_reference_at_vocabulary(device, V):
+    logits = randn(V, 3, V, device=device) * 3
+    logits[:, -1] += 9.0                             # the last token of the last, ragged tile counts
+    check_equals_reference(room.sample, batch(logits, temperature=0.8, top_k=[0, 40, 0], top_p=[1.0, 0.9, 0.95], position=[1, 2, 3], seed=V))
+
+
+def test_a_top_k_off_by_one_is_caught(device):
+    def broken(top_k, **arguments):
+        return room.sample(top_k=top_k + 1, **arguments)
+
+    with pytest.raises(AssertionError):
+        check_equals_reference(broken, batch(torch.zeros(8, 16, device=device), top_k=4, position=range(8)))
+
+
+@triton.jit
+def _cut_kernel(logits_ptr, top_ptr, temperature_ptr, top_k_ptr, top_p_ptr, key_ptr, id_ptr, V: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0)
+    top = tl.load(top_ptr + row)
+    bits = top.to(tl.int32, bitcast=True)
+    key, id = room._cut(logits_ptr + row * V, top, tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits), 1.0 / tl.load(temperature_ptr + row),
+                        tl.load(top_k_ptr + row), tl.load(top_p_ptr + row), V, BLOCK)
+    tl.store(key_ptr + row, key)
+    tl.store(id_ptr + row, id)
+
+
+def kept_by_kernel(logits, temperature, top_k, top_p):
+    R, V = logits.shape
+    key, id = (torch.empty(R, dtype=torch.int32, device=logits.device) for _ in range(2))
+    logits = logits + 0.0                             # the kernel's loads turn -0.0 into 0.0, and its maximum is of those
+    _cut_kernel[(R,)](logits, logits.amax(-1), temperature, top_k, top_p, key, id, V=V, BLOCK=32)
+    bits = logits.view(torch.int32)
+    keys = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+    ids = torch.arange(V, device=logits.device)
+    return ((keys > key[:, None]) | (keys == key[:, None]) & (ids <= id[:, None])) & (logits > -INF)
+
+
+def check_kept(kept, logits, temperature, top_k, top_p, is_exact):
+    """A prefix of the stable sort, and as long as the twin's; masses that are not whole may move its end by what NEAR explains."""
+    none = torch.zeros_like(temperature)
+    ordered = kept.gather(-1, logits.sort(dim=-1, descending=True, stable=True).indices).int()
+    assert (ordered.diff(dim=-1) <= 0).all(), "not a prefix of the stable sort"
+    low, high = ((1.0, 1.0) if is_exact else (1 - NEAR, 1 + NEAR))
+    least, most = (twin.keep(logits, temperature, top_k, (top_p * f).clamp(max=1.0) if f != 1 else top_p, none).sum(-1) for f in (low, high))
+    count = kept.sum(-1)
+    assert ((least <= count) & (count <= most)).all(), f"kept {count.tolist()}, expected {least.tolist()} to {most.tolist()}"
+
+
+@few
+@given(seeds, kinds, vocabularies, st.sampled_from([0.2, 1.0, 3.0]), top_ks, top_ps)
+def test_kept_set_is_the_sorts(device, seed, kind, V, temperature, top_k, top_p):
+    logits = draw_logits(seed, kind, 3, V, torch.float32, device)
+    logits[:, 0] = 0.0                                # a row of -inf is the kernel's to refuse before it cuts
+    b = batch(logits, temperature=temperature, top_k=[top_k, 0, top_k], top_p=[top_p, top_p, 1.0])
+    options = b["logits"], b["temperature"], b["top_k"], b["top_p"]
+    check_kept(kept_by_kernel(*options), *options, is_exact=kind == "flat" or top_p == 1.0)
+
+
+@given(seeds, st.integers(1, 70), top_ks, st.sampled_from([1.0, 0.75, 0.5, 0.25, 0.1]))
+def test_ties_keep_the_lowest_ids(device, seed, V, top_k, top_p):
+    logits = torch.where(randn(seed, 1, V) > 0, 0.0, -0.0).to(device)
+    b = batch(logits, top_k=top_k, top_p=top_p)
+    kept = kept_by_kernel(logits, b["temperature"], b["top_k"], b["top_p"])
+    assert_same(kept, twin.keep(logits, b["temperature"], b["top_k"], b["top_p"], b["min_p"]))
+    n = min(top_k or V, V)
+    assert kept.sum(-1).tolist() == [math.ceil(n * b["top_p"][0].item())] and kept[:, 0].all()
+
+
+def test_a_cut_off_by_one_is_caught(device):
+    logits = randn(0, 2, 100, device=device)
+    b = batch(logits, top_k=5)
+    with pytest.raises(AssertionError, match=r"kept \[6, 6\], expected \[5, 5\]"):
+        check_kept(kept_by_kernel(logits, b["temperature"], b["top_k"] + 1, b["top_p"]), logits, b["temperature"], b["top_k"], b["top_p"], True)
+
+
+@triton.jit
+def _noise_kernel(seed_ptr, position_ptr, ids_ptr, out_ptr, BLOCK: tl.constexpr):
+    offs = tl.arange(0, BLOCK)
+    tl.store(out_ptr + offs, room._gumbel(tl.load(seed_ptr), tl.load(position_ptr), tl.load(ids_ptr + offs)))
+
+
+@given(seeds, st.integers(-2**63, 2**63 - 1), st.integers(0, 2**31 - 1))
+def test_noise_equals_reference(device, seed, key, position):
+    keys, positions = torch.tensor([key], device=device), torch.tensor([position], dtype=torch.int32, device=device)
+    high, _ = twin.philox(keys, torch.arange(50_000, device=device), positions)
+    order = high.sort().indices
+    ids = torch.cat([order[:256], order[-256:], order[::97][:512]]).int()       # both tails and the middle
+    got = torch.empty(1024, device=device)
+    _noise_kernel[(1,)](keys, positions, ids, got, BLOCK=1024)
+    want = twin.noise(keys, positions, 50_000)[0, ids.long()]
+    assert_close(got, want, want.float())
+
+
+def test_philox_is_the_published_generator():
+    """Known answers of Random123 for philox4x32-10, with the two counter words in use at zero."""
+    zero = torch.zeros(1, dtype=torch.int64)
+    assert [int(word) for word in twin.philox(zero, zero, zero)] == [0x6627E8D5, 0xE169C58D]
+
+
+@few
+@given(seeds, dtypes, kinds, vocabularies)
+def test_degenerate_options_are_greedy(device, seed, dtype, kind, V):
+    logits = draw_logits(seed, kind, 4, V, dtype, device)
+    greedy = room.sample(**batch(logits, temperature=0.0))
+    assert_same(greedy, twin.first_max(twin.clean(logits))[1].int().where(logits.isfinite().any(-1), -1))
+    assert_same(room.sample(**batch(logits, top_k=1, position=range(4))), greedy)
+    assert_same(room.sample(**batch(logits, top_p=1e-9, position=range(4))), greedy)
+    assert_same(room.sample(**batch(logits, temperature=0.0, top_k=3, top_p=0.5, min_p=0.5)), greedy)
+    if kind != "ties" and kind != "flat" and dtype == torch.float32:
+        assert_same(room.sample(**batch(logits, temperature=1e-30)), greedy)
+        assert_same(room.sample(**batch(logits, min_p=1.0)), greedy)
+
+
+@given(seeds, dtypes, kinds, vocabularies)
+def test_options_that_keep_all_change_nothing(device, seed, dtype, kind, V):
+    logits = draw_logits(seed, kind, 4, V, dtype, device)
+    plain = room.sample(**batch(logits, position=range(4), seed=seed))
+    assert_same(room.sample(**batch(logits, position=range(4), seed=seed, top_k=[V, V + 1, 10**9, 2**31 - 1])), plain)
+    if kind in ("ties", "flat"):                      # whole numbers: adding 8 is exact, and must change nothing
+        assert_same(room.sample(**batch(logits.float() + 8.0, position=range(4), seed=seed)), plain)
+
+
+@few
+@given(seeds, st.sampled_from([1.0, 50.0]), st.sampled_from([1, 3, 7]))
+def test_support_is_never_left(device, seed, temperature, top_k):
+    logits = randn(seed, 1, 20, device=device).expand(4, 20)
+    tokens = room.sample(**batch(logits, temperature=temperature, top_k=top_k, seed=range(seed, seed + 4), position=range(4)))
+    assert set(tokens.tolist()) <= set(logits[0].topk(top_k).indices.tolist())
+
+
+def check_rows_are_their_own(sample, logits, order, options):
+    arguments = batch(logits, **options)
+    want = sample(**arguments)
+    assert_same(sample(**{k: v[order].clone() for k, v in arguments.items()}), want[order])
+
+
+ROW_OPTIONS = dict(temperature=[0.0, 0.7, 1.0, 2.0], top_k=[0, 5, 0, 9], top_p=[1.0, 1.0, 0.8, 0.9], seed=[3, 3, 4, 5], position=[7, 7, 8, 9])
+
+
+@few
+@given(seeds, dtypes, st.permutations(range(4)), vocabularies)
+def test_row_order_changes_no_token(device, seed, dtype, order, V):
+    check_rows_are_their_own(room.sample, randn(seed, 4, V, dtype=dtype, device=device), order, ROW_OPTIONS)
+
+
+def test_noise_that_knows_its_row_is_caught(device):
+    def broken(seed, **arguments):
+        return room.sample(seed=seed + torch.arange(len(seed), device=device), **arguments)
+
+    with pytest.raises(AssertionError):
+        check_rows_are_their_own(broken, torch.zeros(4, 300, device=device), [3, 2, 1, 0], ROW_OPTIONS)
+
+
+@few
+@given(seeds, dtypes, poisons, vocabularies)
+def test_bad_rows_touch_no_other(device, seed, dtype, poison, V):
+    logits = randn(seed, 4, V, dtype=dtype, device=device)
+    want = room.sample(**batch(logits, **ROW_OPTIONS))
+    logits[1], logits[3] = poison, -INF
+    status = torch.tensor([1, 2, 0, 16], dtype=torch.int32, device=device)
+    arguments = batch(logits, **ROW_OPTIONS) | dict(status=status, seq_lens=torch.tensor([5, 1, 9, 0], dtype=torch.int32, device=device))
+    got = room.sample(**arguments)
+    assert_same(got[[0, 2]], want[[0, 2]])
+    hopeless = math.isnan(poison) or poison == -INF
+    assert got[1] == -1 if hopeless else 0 <= got[1] < V
+    assert got[3] == -1 and status.tolist() == [1, 2 | (room.NO_TOKEN if hopeless else 0), 0, 16]
+
+
+def test_nan_counts_as_minus_infinity_and_infinity_wins(device):
+    logits = torch.tensor([[NAN, 1.0, NAN, 0.5], [NAN, INF, 3.0, INF], [NAN, -INF, -INF, -7.0], [3e38, -3e38, NAN, 3.1e38]], device=device)
+    for temperature in (0.0, 1.0, 1e-38, 3e38):
+        for filters in (dict(), dict(top_k=2), dict(top_p=0.5), dict(min_p=0.9)):
+            a, b, c, d = room.sample(**batch(logits, temperature=temperature, **filters)).tolist()
+            assert a in (1, 3) and b == 1 and c == 3 and d in (0, 1, 3)
+            assert temperature != 0 or (a, d) == (1, 3)
+
+
+@pytest.mark.parametrize("bad, same_as", [
+    (dict(temperature=NAN), dict(temperature=0.0)), (dict(temperature=-1.0), dict(temperature=0.0)), (dict(temperature=INF), dict(temperature=0.0)),
+    (dict(top_k=-1), dict()), (dict(top_p=NAN), dict()), (dict(top_p=0.0), dict()), (dict(top_p=1.5), dict()), (dict(top_p=-0.5), dict()),
+    (dict(min_p=NAN), dict()), (dict(min_p=-0.1), dict()), (dict(min_p=1.5), dict()),
+])
+def test_bad_options_are_switched_off_and_flagged(device, bad, same_as):
+    logits = randn(0, 2, 50, device=device)
+    arguments = batch(logits, position=[1, 2], **bad)
+    assert_same(room.sample(**arguments), room.sample(**batch(logits, position=[1, 2], **same_as)))
+    assert arguments["status"].tolist() == [room.BAD_OPTION] * 2
+    check_equals_reference(room.sample, batch(logits, position=[1, 2], **bad))
+    assert (twin.NO_TOKEN, twin.BAD_OPTION) == (room.NO_TOKEN, room.BAD_OPTION)
+
+
+def chi_square(tokens, probabilities):
+    """Pearson's statistic over 64 buckets of neighbouring ids, or of equal mass where there are more ids."""
+    buckets = ((probabilities.cumsum(0) - probabilities / 2) * 64).long().clamp(max=63) if len(probabilities) > 64 else torch.arange(64)
+    buckets = buckets.to(tokens.device)
+    seen = torch.bincount(buckets[tokens.long()], minlength=64).double()
+    expected = torch.zeros(64, dtype=torch.float64, device=tokens.device).index_add(0, buckets, probabilities.to(tokens.device)) * len(tokens)
+    return float(((seen - expected) ** 2 / expected).sum())
+
+
+def draws(sample, logits, n, **options):
+    return sample(**batch(logits.expand(n, -1), position=range(n), **options))
+
+
+def test_distribution(device):
+    logits = randn(0, 1, 64)
+    n = 256 if device.type == "cpu" else 100_000
+    tokens = draws(room.sample, logits.to(device), n, seed=1)
+    assert chi_square(tokens, logits[0].double().softmax(-1)) < CHI_SQUARE_BOUND
+
+
+def test_distribution_of_the_reference():
+    logits = randn(0, 1, 64)
+    probabilities = logits[0].double().softmax(-1)
+    assert chi_square(draws(twin.sample, logits, 20_000, seed=1), probabilities) < CHI_SQUARE_BOUND
+    assert chi_square(draws(twin.sample, logits, 20_000, seed=1, temperature=1.2), probabilities) > CHI_SQUARE_BOUND
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("V", [64, 1024, 32000])
+def test_distribution_of_a_million_draws(device, V):
+    logits = randn(V, 1, V, device=device) * 2
+    probabilities = logits[0].double().softmax(-1)
+    tokens = torch.cat([draws(room.sample, logits, 50_000, seed=i) for i in range(20)])
+    assert chi_square(tokens, probabilities) < CHI_SQUARE_BOUND
+    biased = torch.cat([draws(room.sample, logits, 50_000, seed=i, temperature=1.02) for i in range(20)])
+    assert chi_square(biased, probabilities) > CHI_SQUARE_BOUND
+
+
+def test_no_rows(device):
+    assert room.sample(**batch(torch.ones(0, 8, device=device))).shape == (0,)
+
+
+@pytest.mark.parametrize("change, error, words", [
+    (dict(logits=torch.ones(8)), ValueError, r"sample: logits: got shape \[8\], expected \[any, any\]"),
+    (dict(logits=torch.ones(2, 0)), ValueError, "sample: logits: got V = 0, expected 1 to 262144"),
+    (dict(logits=torch.ones(8, 2).T), ValueError, r"call .contiguous\(\)"),
+    (dict(top_k=torch.ones(2)), TypeError, "sample: top_k: got torch.float32, expected torch.int32; convert"),
+    (dict(temperature=torch.ones(3)), ValueError, r"sample: temperature: got shape \[3\], expected \[2\]"),
+    (dict(seed=1), TypeError, "sample: seed: got int, expected a torch.Tensor"),
+])
+def test_misuse_is_named(device, change, error, words):
+    arguments = batch(torch.ones(2, 8)) | change
+    with pytest.raises(error, match=words):
+        room.sample(**{k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in arguments.items()})
+
+
+@pytest.mark.parametrize("change, words", [
+    (dict(temperature=NAN), "sample: temperature: got nan, expected a finite number, at least 0; 0 takes the likeliest token"),
+    (dict(temperature=-1.0), "temperature: got -1.0"), (dict(temperature=INF), "temperature: got inf"),
+    (dict(top_k=-1), "top_k: got -1"), (dict(top_k=101), "top_k: got 101, expected 0 to the vocabulary's 100; 0 keeps every token"),
+    (dict(top_p=0.0), "top_p: got 0.0"), (dict(top_p=1.1), "top_p: got 1.1"), (dict(top_p=NAN), "top_p: got nan"),
+    (dict(min_p=-0.1), "min_p: got -0.1"), (dict(min_p=1.1), "min_p: got 1.1"), (dict(min_p=NAN), "min_p: got nan"),
+])
+def test_options_of_a_request_are_checked(change, words):
+    good = dict(temperature=0.7, top_k=100, top_p=1.0, min_p=0.0, vocab_size=100)
+    room.check_options(**good)
+    with pytest.raises(ValueError, match=words):
+        room.check_options(**good | change)
