@@ -18,9 +18,9 @@ from importlib import import_module
 from pathlib import Path
 
 from . import __version__
+from .cli import CHECKPOINT
 
 ROOT = Path(__file__).parent.parent
-CHECKPOINT = Path(__file__).parent / "model" / "assets" / "shakespeare"
 EXTRA = ("safetensors", "tokenizers", "jinja2", "tqdm")
 TRIAL_SECONDS = 120
 

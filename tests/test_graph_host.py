@@ -170,7 +170,7 @@ def test_a_moved_buffer_is_named(device):
     buffers["y"].fill_(3)
     buffers.check_addresses()
     buffers._views["y"] = buffers["y"].clone()
-    with pytest.raises(RuntimeError, match="StaticBuffers: y moved from 0x[0-9a-f]+ to 0x[0-9a-f]+; write into the tensor"):
+    with pytest.raises(RuntimeError, match=r"StaticBuffers: y moved from 0x[0-9a-f]+ to 0x[0-9a-f]+; write into the tensor"):
         buffers.check_addresses()
 
 

@@ -71,7 +71,8 @@ STATUS = {ops.BAD_LENGTH: "bad lengths", ops.BAD_PAGE: "a page outside the cache
 
 
 class Engine:
-    """Serves one model. `max_tokens` and `max_requests` bound a step, `max_len` a sequence, `num_pages` the cache.
+    """Serves one model. `max_tokens` and `max_requests` bound a step, `max_len` a sequence, `num_pages` the cache;
+    a sequence ends too where it alone would fill the cache.
 
     With `capture` the step is captured for `buckets` (default: `Buckets.up_to(max_tokens)`) at construction on a CUDA device."""
 
@@ -79,6 +80,8 @@ class Engine:
                  num_pages: int | None = None, buckets: Buckets | None = None, capture: bool = True, progress: bool = False):
         c, weights = model.config, model.weights
         self.max_len = min(max_len or model.cos_sin.shape[0], model.cos_sin.shape[0])
+        if not 1 <= page_size <= 256:
+            raise ValueError(f"gkernels.Engine: page_size: got {page_size}, expected 1 to 256")
         pages_a_request = -(-self.max_len // page_size)
         num_pages = max_requests * pages_a_request + 1 if num_pages is None else num_pages
         bounds = (("max_tokens", max_tokens, 1), ("max_requests", max_requests, 1), ("max_len", self.max_len, 2), ("num_pages", num_pages, 2))
@@ -88,6 +91,9 @@ class Engine:
         if max_tokens < max_requests:
             raise ValueError(f"gkernels.Engine: max_tokens: got {max_tokens}, expected at least max_requests = {max_requests}, so that every "
                              "request can decode in one step")
+        if buckets and buckets.sizes[-1] > max_tokens:
+            raise ValueError(f"gkernels.Engine: buckets: got {buckets}, expected none above max_tokens = {max_tokens}")
+        self.max_len = min(self.max_len, (num_pages - 1) * page_size + 1)          # the last token needs no slot
         self.model, self.page_size, self.pool = model, page_size, PagePool(num_pages)
         device, dtype = weights.embed.device, weights.embed.dtype
         self.check_memory(num_pages * bytes_per_page(c.num_layers, page_size, c.num_kv_heads, c.head_dim, dtype), device)
@@ -125,9 +131,8 @@ class Engine:
         bad = [t for t in (*prompt, *sampling.stop_token_ids) if isinstance(t, bool) or not isinstance(t, int) or not 0 <= t < vocab]
         if bad:
             raise ValueError(f"gkernels.Engine.add: prompt or stop_token_ids: got {bad[:4]}, expected ids from 0 to {vocab - 1}")
-        most = min(self.max_len, (self.pool.num_pages - 1) * self.page_size)
-        if len(prompt) >= most:
-            raise ValueError(f"gkernels.Engine.add: prompt: got {len(prompt)} tokens, expected at most {most - 1}, what the cache holds beside one "
+        if len(prompt) >= self.max_len:
+            raise ValueError(f"gkernels.Engine.add: prompt: got {len(prompt)} tokens, expected at most {self.max_len - 1}, what the cache holds beside one "
                              "generated token; shorten it, or raise max_len and num_pages")
         if isinstance(sampling.max_tokens, bool) or not isinstance(sampling.max_tokens, int) or sampling.max_tokens < 1:
             raise ValueError(f"gkernels.Engine.add: max_tokens: got {sampling.max_tokens}, expected at least 1")
@@ -172,7 +177,7 @@ class Engine:
 
     def _append(self, request, token):
         request.output.append(token)
-        ends = request.sampling.stop_token_ids + (() if request.sampling.ignore_eos else self.model.config.eos_token_ids)
+        ends = (*request.sampling.stop_token_ids, *(() if request.sampling.ignore_eos else self.model.config.eos_token_ids))
         if token in ends:
             return self._finish(request, "stop", token)
         if len(request.output) >= request.sampling.max_tokens or request.length >= self.max_len:
@@ -252,7 +257,7 @@ class Engine:
         try:
             for prompt, options in zip(prompts, samplings, strict=True):
                 ids.append(self.add(prompt, options))
-        except ValueError:
+        except Exception:
             for i in ids:
                 self.cancel(i)
             raise
