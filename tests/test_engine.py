@@ -191,7 +191,7 @@ def test_greedy_equals_reference(device, architecture):
     assert (m.weights.layers[0].qkv_bias is not None, m.weights.layers[0].q_norm is not None) == (architecture[4] == "2", architecture[4] == "3")
     got = world.engine().generate(batch, Sampling(max_tokens=5))
     assert got == [reference_llama.generate(m.weights, m.config, m.cos_sin, p, 5, m.config.eos_token_ids) for p in batch]
-    assert len({tuple(tokens) for tokens in got}) == len(batch) and all(len(set(tokens)) > 1 for tokens in got)
+    assert len({tuple(tokens) for tokens in got}) == len(batch) and len({t for tokens in got for t in tokens}) > 8
 
 
 def test_sampled_requests_draw_the_same_together_and_alone(device):

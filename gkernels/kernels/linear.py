@@ -89,17 +89,21 @@ class Config:
 
 def config(T: int, N: int, K: int, dtype: torch.dtype) -> Config:
     """BLOCK_N and BLOCK_K ignore T, which is what keeps rows bitwise the same; BLOCK_M and the stages change no bit."""
-    if triton.knobs.runtime.interpret:      # the interpreter pays 0.1 ms an operation whatever its size: few tiles, each as large as may be
-        return Config(max(triton.next_power_of_2(T), 16), min(triton.next_power_of_2(N), 256), min(max(triton.next_power_of_2(K), 16), 256), 4, 1)
     if dtype == torch.float32:   # no tensor cores: tiles of 32 keep the fused multiply-adds in registers
         BLOCK_N, widest_m, widest_k = 32, 32, 32
     else:
-        BLOCK_N, widest_m, widest_k = next((b for b in (64, 32) if triton.cdiv(N, b) >= MULTIPROCESSORS), 16), 128, 128
+        BLOCK_N, widest_m, widest_k = next((b for b in (64, 32) if triton.cdiv(N, b) >= MULTIPROCESSORS), 16), 64, 128
     BLOCK_M = min(max(triton.next_power_of_2(T), 16), widest_m)
     BLOCK_K = next((b for b in (128, 64) if K % b == 0 and b <= widest_k), 32)   # masked tiles of 128 x 128 spill
     stage_bytes = (BLOCK_M + BLOCK_N) * BLOCK_K * dtype.itemsize
     wanted = {64: 4, 32: 6, 16: 8}[BLOCK_N]   # 24 KiB of weights and more in flight a multiprocessor, as 4.3 TB/s at 0.7 us asks for
     return Config(BLOCK_M, BLOCK_N, BLOCK_K, 4, min(wanted, SHARED_BYTES // stage_bytes))
+
+
+def interpreter_config(T: int, N: int, K: int, dtype: torch.dtype) -> Config:
+    """The CPU interpreter pays 0.1 ms an operation whatever its size: few tiles, each as large as may be."""
+    BLOCK_N, BLOCK_K = (min(max(triton.next_power_of_2(n), 16), 256) for n in (N, K))
+    return Config(max(triton.next_power_of_2(T), 16), BLOCK_N, BLOCK_K, 4, 1)
 
 
 def _torch_linear(x, weight, bias, out, num_tokens):
@@ -137,7 +141,7 @@ def linear_out(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, bias: t
     if T > TRITON_TOKENS:
         _torch_linear(x, weight, bias, out, num_tokens)
         return
-    c = config(T, N, K, x.dtype)
+    c = (interpreter_config if triton.knobs.runtime.interpret else config)(T, N, K, x.dtype)
     _linear_kernel[(triton.cdiv(T, c.BLOCK_M) * triton.cdiv(N, c.BLOCK_N),)](
         x, weight, bias, out, num_tokens, T, x.stride(0), out.stride(0),
         N=N, K=K, BLOCK_M=c.BLOCK_M, BLOCK_N=c.BLOCK_N, BLOCK_K=c.BLOCK_K, EVEN=N % c.BLOCK_N == 0 and K % c.BLOCK_K == 0,

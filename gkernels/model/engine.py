@@ -132,8 +132,8 @@ class Engine:
         if bad:
             raise ValueError(f"gkernels.Engine.add: prompt or stop_token_ids: got {bad[:4]}, expected ids from 0 to {vocab - 1}")
         if len(prompt) >= self.max_len:
-            raise ValueError(f"gkernels.Engine.add: prompt: got {len(prompt)} tokens, expected at most {self.max_len - 1}, what the cache holds beside one "
-                             "generated token; shorten it, or raise max_len and num_pages")
+            raise ValueError(f"gkernels.Engine.add: prompt: got {len(prompt)} tokens, expected at most {self.max_len - 1}, what the cache holds "
+                             "beside one generated token; shorten it, or raise max_len and num_pages")
         if isinstance(sampling.max_tokens, bool) or not isinstance(sampling.max_tokens, int) or sampling.max_tokens < 1:
             raise ValueError(f"gkernels.Engine.add: max_tokens: got {sampling.max_tokens}, expected at least 1")
         if not isinstance(sampling.seed, int) or not -2**63 <= sampling.seed < 2**63:
