@@ -107,7 +107,7 @@ def linear(device, dtype):
     for T, N, K in ((1, 16, 256), (100, 16, 256), (1, 4224, 128), (1, 8448, 128), (200, 64, 64), (3, 5, 100), (300, 20, 64)):
         x, weight, bias = (torch.zeros(*shape, dtype=dtype, device=device) for shape in ((T, K), (N, K), (N,)))
         yield f"T{T} N{N} K{K}", linear.linear_out, (x, weight, torch.empty(T, N, dtype=dtype, device=device), bias, counter(1, device))
-        yield f"T{T} N{N} K{K} logits", linear.linear_out, (x, weight, torch.empty(T, N, device=device))
+        yield f"T{T} N{N} K{K} logits", linear.linear_out, (x, weight, torch.empty(T, N, device=device), None, counter(1, device))
 
 
 @room

@@ -10,10 +10,10 @@ from bench import harness
 
 def counts(xml):
     """{"passed", "failed", "skipped"} of a junit report; an error in a fixture or in collection counts as a failure."""
-    suites = [{name: int(suite.get(name, 0)) for name in ("tests", "failures", "errors", "skipped")} for suite in ET.fromstring(xml).iter("testsuite")]
-    total = {name: sum(suite[name] for suite in suites) for name in ("tests", "failures", "errors", "skipped")}
-    failed = total["failures"] + total["errors"]
-    return {"passed": total["tests"] - failed - total["skipped"], "failed": failed, "skipped": total["skipped"]}
+    suites = list(ET.fromstring(xml).iter("testsuite"))
+    names = "tests", "failures", "errors", "skipped"
+    tests, failures, errors, skipped = (sum(int(suite.get(name, 0)) for suite in suites) for name in names)
+    return {"passed": tests - failures - errors - skipped, "failed": failures + errors, "skipped": skipped}
 
 
 def merge(xml, name=None):

@@ -165,6 +165,11 @@ def test_what_does_not_fit_is_named(device, name, values, words):
     assert buffers[name].tolist() in ([1, 0], [[9, 0, 0], [0, 0, 0]])
 
 
+def test_pad_last_is_for_one_dimension(device):
+    with pytest.raises(ValueError, match=r"StaticBuffers: x: got pad 'last' for shape \(2, 3\), expected it for one dimension"):
+        StaticBuffers({"x": Field((2, 3), pad="last")}, device)
+
+
 def test_a_moved_buffer_is_named(device):
     buffers = StaticBuffers({"x": Field((2,)), "y": Field((2,))}, device)
     buffers["y"].fill_(3)

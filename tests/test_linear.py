@@ -100,7 +100,11 @@ def test_a_strided_out_keeps_what_lies_between_its_rows(device, monkeypatch, see
     x, weight, bias = inputs(seed, 5, 24, 40, dtype, device)
     roomy = torch.full((5, 40), 7.0, dtype=dtype, device=device)
     room.linear_out(x, weight, roomy[:, :24], bias, counter(3, device))
-    assert_same(roomy[:, :24].contiguous(), room.linear(x, weight, bias, counter(3, device)))
+    got, want = roomy[:, :24].contiguous(), room.linear(x, weight, bias, counter(3, device))
+    if path:
+        assert_same(got, want)
+    else:                                              # cuBLAS may choose another kernel for another stride
+        assert_close(got, twin.linear(x.double(), weight.double(), bias.double(), counter(3, device)), want)
     assert_same(roomy[:, 24:].contiguous(), torch.full((5, 16), 7.0, dtype=dtype, device=device))
 
 

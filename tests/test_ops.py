@@ -153,7 +153,6 @@ def scratch(monkeypatch):
         yield ops._register
 
 
-
 def write(*tensors):
     for t in tensors:
         t.add_(1)
@@ -164,7 +163,7 @@ def pair(device):
 
 
 @pytest.mark.parametrize("broken", [
-    ("bad(Tensor x, Tensor out) -> ()", lambda x, out: write(out)),                                    # writes what it calls read-only
+    ("bad(Tensor x, Tensor out) -> ()", lambda x, out: write(out)),                                 # writes what it calls read-only
     ("bad(Tensor x, Tensor(a!) out) -> ()", lambda x, out: write(out, x)),                              # writes more than it declares
     ("bad(Tensor x, Tensor out) -> Tensor", lambda x, out: out, lambda x, out: out),                    # returns what it was given
 ], ids=["undeclared write", "second write", "alias"])

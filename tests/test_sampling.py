@@ -270,7 +270,9 @@ def chi_square(tokens, probabilities):
     buckets = buckets.to(tokens.device)
     seen = torch.bincount(buckets[tokens.long()], minlength=64).double()
     expected = torch.zeros(64, dtype=torch.float64, device=tokens.device).index_add(0, buckets, probabilities.to(tokens.device)) * len(tokens)
-    return float(((seen - expected) ** 2 / expected).sum())
+    drawn = expected > 0                              # a token of more than 1/64 leaves buckets empty, and nothing may fall into them
+    assert not seen[~drawn].any()
+    return float(((seen - expected) ** 2 / expected)[drawn].sum())
 
 
 def draws(sample, logits, n, **options):

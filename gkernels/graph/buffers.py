@@ -32,20 +32,22 @@ class StaticBuffers:
         self.fields, self.device, self._host = fields, torch.device(device), {}
         offsets, size = {}, 0
         for name, field in fields.items():
+            if field.pad == "last" and len(field.shape) != 1:
+                raise ValueError(f"gkernels.graph.StaticBuffers: {name}: got pad 'last' for shape {field.shape}, expected it for one dimension")
             offsets[name] = size
             bytes_ = prod(field.shape) * field.dtype.itemsize
             size += -(-bytes_ // self.ALIGNMENT) * self.ALIGNMENT
         on_gpu = self.device.type == "cuda"
         self._staging = torch.zeros(size, dtype=torch.uint8, pin_memory=on_gpu)
         self._block = torch.zeros(size, dtype=torch.uint8, device=self.device)
-        self._views = {}
+        self._views, self._in_flight = {}, False
+        self._uploaded = torch.cuda.Event() if on_gpu else None
         for name, field in fields.items():
             cut = slice(offsets[name], offsets[name] + prod(field.shape) * field.dtype.itemsize)
             self._views[name] = self._block[cut].view(field.dtype).view(field.shape)
             self._host[name] = self._staging[cut].view(field.dtype).view(field.shape).numpy()
             self.stage(name, ())
         self.addresses = {name: view.data_ptr() for name, view in self._views.items()}
-        self._uploaded = torch.cuda.Event() if on_gpu else None
         self.upload()
 
     def __getitem__(self, name: str) -> torch.Tensor:
@@ -55,6 +57,7 @@ class StaticBuffers:
         """Writes `values` to the front of the field on the host and its pad value behind them. Rows of a 2-D field may be shorter than the
         field: they too are padded. Raises ValueError if they do not fit."""
         field, host = self.fields[name], self._host[name]
+        self.wait()
         if len(values) > len(host):
             raise ValueError(f"gkernels.graph.StaticBuffers: {name}: got {len(values)} rows, expected at most {len(host)}")
         last = values[-1] if field.pad == "last" and len(values) else 0
@@ -69,16 +72,17 @@ class StaticBuffers:
             row[len(line):] = field.pad
 
     def upload(self) -> None:
-        """Copies everything staged to the device, on the current stream, without waiting for it. Before the host side is written again the
-        copy must have been read: `wait()`, or any later synchronisation with the step's results."""
+        """Copies everything staged to the device, on the current stream, without waiting for it."""
         self._block.copy_(self._staging, non_blocking=True)
         if self._uploaded is not None:
             self._uploaded.record()
+            self._in_flight = True
 
     def wait(self) -> None:
-        """Returns once the last upload has left the pinned block, so that it may be staged again."""
-        if self._uploaded is not None:
+        """Returns once the last upload has left the pinned block. `stage` calls it, so that no copy reads what the next step writes."""
+        if self._uploaded is not None and self._in_flight:
             self._uploaded.synchronize()
+            self._in_flight = False
 
     def check_addresses(self) -> None:
         """Raises RuntimeError if a buffer moved since it was made: a graph would go on reading the old place."""

@@ -134,12 +134,10 @@ def _load_rotated(
     if D > 2 * HALF:
         rest = tl.load(row + offs_d[None, :], mask & mask_rest[None, :], other=0.0).to(tl.float32)
     if norm_ptr is not None:
-        # one head at a time: a sum then adds in the order of the rmsnorm room's [BLOCK_D] tile and has its bits
-        scale = tl.zeros((BLOCK_G, 1), tl.float32)
-        for g in tl.static_range(BLOCK_G):
-            x_row = x_ptr + tl.full((), g, tl.int64) * stride_xh + offs_d
-            x = tl.load(x_row, (offs_d < D) & (g < heads), other=0.0).to(tl.float32)
-            scale = tl.where(offs_g == g, tl.rsqrt(tl.sum(x * x) / D + eps), scale)
+        squares = tl.sum(first * first, 1) + tl.sum(second * second, 1)
+        if D > 2 * HALF:
+            squares += tl.sum(rest * rest, 1)
+        scale = tl.rsqrt(squares / D + eps)[:, None]
         one_row = tl.zeros((1, 1), tl.int32)
         norm_first, norm_second = _load_pairs(norm_ptr + one_row, one_row == 0, HALF, BLOCK_HALF, IS_INTERLEAVED)
         first, second = first * scale * norm_first, second * scale * norm_second
@@ -317,7 +315,7 @@ def rotary_kv_write(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, positions
                     interleaved: bool = False, q_norm: torch.Tensor | None = None, k_norm: torch.Tensor | None = None,
                     eps: float = 1e-6, num_tokens: torch.Tensor | None = None) -> None:
     """rmsnorm(q, q_norm) and rmsnorm(k, k_norm) where weights [D] are given, then rotary, then kv_write: q goes to `q_out`, which may be
-    `q`, k and v to their slots. In float32 it has the bits of that chain. Shapes: see here and kv_cache. Raises ValueError or TypeError."""
+    `q`, k and v to their slots. Without norms, and in float32, it has the bits of that chain. Shapes: see here and kv_cache. Raises ValueError or TypeError."""
     op = "rotary_kv_write"
     check_cache(op, k, v, k_cache, v_cache, slot_mapping)
     _check_rotary(op, q, k, positions, cos_sin, q_out, num_tokens)

@@ -55,7 +55,6 @@ class Step:
         if tokens > self.max_tokens or len(rows) > self.max_requests:
             raise ValueError(f"gkernels.Step: rows: got {tokens} tokens in {len(rows)} requests, expected at most {self.max_tokens} in "
                              f"{self.max_requests}; split the batch")
-        self.buffers.wait()
         stage = self.buffers.stage
         stage("token_ids", [t for row in rows for t in row.token_ids])
         stage("query_start_loc", np.cumsum([0, *lens]))

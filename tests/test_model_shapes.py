@@ -1,0 +1,93 @@
+"""Every op against its twin at the shapes of real models, on a GPU: the tiles and paths that small shapes never take."""
+
+import pytest
+import torch
+
+import reference.activation
+import reference.attention
+import reference.embedding
+import reference.linear
+import reference.llama
+import reference.rmsnorm
+import reference.rotary
+from gkernels import ops
+from gkernels.model.cache import PagedCache
+from gkernels.model.config import PRESETS, LlamaConfig
+from gkernels.model.llama import Llama
+from gkernels.model.load import random_weights
+from gkernels.model.step import Row, Step
+from tests.close import assert_close
+from tests.strategies import Batch, counter, randn
+
+pytestmark = pytest.mark.gpu
+TOKENS = [1, 3, 8, 17, 64, 200, 300]
+PRODUCTS = [(3072, 2048), (2048, 2048), (16384, 2048), (2048, 8192), (6144, 4096), (28672, 4096), (4096, 14336)]
+HALVES = [torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("T", TOKENS)
+@pytest.mark.parametrize("N, K", PRODUCTS)
+def test_linear(device, N, K, T, dtype):
+    x, weight = randn(T, T, K, dtype=dtype, device=device), randn(N, N, K, dtype=dtype, device=device)
+    for got, wide in ((ops.linear(x, weight), False), (ops.linear(x, weight, num_tokens=counter(T, device), dtype=torch.float32), True)):
+        plain = reference.linear.linear(x, weight, dtype=torch.float32 if wide else None)
+        assert_close(got, reference.linear.linear(x.double(), weight.double()), plain)
+
+
+@pytest.mark.parametrize("T", [1, 8, 200])
+def test_logits(device, T):
+    x, weight = randn(T, T, 2048, dtype=torch.bfloat16, device=device), randn(1, 128256, 2048, dtype=torch.bfloat16, device=device)
+    got, plain = (linear(x, weight, dtype=torch.float32) for linear in (ops.linear, reference.linear.linear))
+    assert_close(got, x.double() @ weight.double().T, plain)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("D", [2048, 4096, 8192])
+def test_rows(device, D, dtype):
+    x, weight = randn(D, 300, 2 * D, dtype=dtype, device=device), randn(1, D, dtype=dtype, device=device)
+    assert_close(ops.rmsnorm(x[:, :D], weight), reference.rmsnorm.rmsnorm(x[:, :D].double(), weight.double()),
+                 reference.rmsnorm.rmsnorm(x[:, :D], weight))
+    assert_close(ops.silu_and_mul(x), reference.activation.silu_and_mul(x.double()), reference.activation.silu_and_mul(x))
+    ids = torch.randint(0, 300, (50,), generator=torch.Generator().manual_seed(0)).to(device, torch.int32)
+    assert torch.equal(ops.embedding(ids, x[:, :D]), x[ids.long(), :D])
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("D", [64, 128])
+def test_rotary_and_attention(device, D, dtype):
+    batch, H, K = Batch([1, 70, 300, 1], [1000, 500, 0, 3000], 16, pads=12), 32, 8
+    q = randn(1, batch.T, H, D, dtype=dtype, device=device)
+    caches, metadata = batch.caches(K, D, dtype, device, float("nan")), batch.metadata(device)
+    got, lse = ops.attention(q, *caches, *metadata)
+    want, want_lse = reference.attention.attention(q.double(), *(c.double() for c in caches), *metadata)
+    plain, plain_lse = reference.attention.attention(q, *caches, *metadata)
+    assert_close(got[:batch.num_tokens], want[:batch.num_tokens], plain[:batch.num_tokens])
+    assert_close(lse[:batch.num_tokens], want_lse[:batch.num_tokens], plain_lse[:batch.num_tokens])
+    cos_sin = ops.cos_sin_table(D, 4096, 5e5, device=device)
+    positions = torch.arange(batch.T, dtype=torch.int32, device=device) * 9
+    for got, want, plain in zip(ops.rotary(q, q[:, :K], positions, cos_sin), reference.rotary.rotary(q.double(), q[:, :K].double(), positions, cos_sin.double()),
+                                reference.rotary.rotary(q, q[:, :K], positions, cos_sin), strict=True):
+        assert_close(got, want, plain)
+
+
+def test_llama_1b_logits(device):
+    """A mixed step of the whole model: relative error against float32 PyTorch no more than twice that of bfloat16 PyTorch."""
+    config = LlamaConfig.from_dict(PRESETS["llama-3.2-1b"])
+    weights = random_weights(config, device, torch.bfloat16, seed=2)
+    model = Llama.build(config, weights, 512)
+    cache = PagedCache.allocate(config.num_layers, 64, 16, config.num_kv_heads, config.head_dim, torch.bfloat16, device)
+    step = Step(model, cache, 256, 8, 512)
+    prompts = [torch.randint(0, 128000, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (1, 40, 200)]
+    n = step.stage([Row(p, len(p), list(range(1 + 16 * i, 17 + 16 * i))) for i, p in enumerate(prompts)])
+    logits = step(n)
+    wide = random_weights(config, device, torch.bfloat16, seed=2)
+    for holder in (wide, *wide.layers):
+        for name, value in vars(holder).items():
+            if isinstance(value, torch.Tensor):
+                setattr(holder, name, value.float())
+    for i, prompt in enumerate(prompts):
+        ids = torch.tensor(prompt, device=device)
+        with torch.no_grad():
+            low, high = (reference.llama.forward(w, config, ids, model.cos_sin)[-1].double() for w in (weights, wide))
+        assert (logits[i].double() - high).norm() <= 2 * (low - high).norm(), f"row {i}: {logits[i].norm()} against {high.norm()}"
