@@ -90,10 +90,20 @@ def cuda_report(asm):
         source.write_text(ptx)
         command = [assembler, "-v", f"--gpu-name={arch}", source, "-o", source.with_suffix(".o")]
         log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-    return {"registers": int(re.search(r"Used (\d+) registers", log)[1]),
+    return {"dropped": dropped_products(asm["cubin"]) if arch.startswith("sm_90") else 0,
+            "registers": int(re.search(r"Used (\d+) registers", log)[1]),
             "spills": sum(int(n) for n in re.findall(r"(\d+) bytes spill (?:stores|loads)", log)),
             "local": len(re.findall(r"\b(?:ld|st)\.local", ptx)),
             "wide": len(WIDE.findall(ptx)), "narrow": len(NARROW.findall(ptx))}
+
+
+def dropped_products(cubin):
+    """Matrix products that the assembler replaced by empty ones, which ptxas 12.8 does where it wrongly takes their sums for constants."""
+    with tempfile.TemporaryDirectory() as folder:
+        binary = Path(folder, "kernel.cubin")
+        binary.write_bytes(cubin)
+        tool = Path(get_ptxas(90).path).with_name("cuobjdump")
+        return len(re.findall(r"HGMMA\S* RZ, gdesc\[URZ\]", subprocess.run([tool, "-sass", binary], capture_output=True, text=True, check=True).stdout))
 
 
 def hip_report(asm):

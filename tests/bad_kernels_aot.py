@@ -44,6 +44,18 @@ def _greedy_for_shared_memory_kernel(x_ptr, BLOCK: tl.constexpr):
         tl.store(x_ptr + rows * BLOCK + columns, tl.dot(tile, tl.trans(tile)).to(x_ptr.dtype.element_ty))
 
 
+@triton.jit(do_not_specialize=["T"])
+def _dropping_kernel(x_ptr, weight_ptr, out_ptr, T, K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+    offs_m, offs_n, offs_k = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
+    live, acc = offs_m < T, tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    for k in range(0, K, BLOCK_K):
+        weight = tl.load(weight_ptr + offs_n[:, None] * K + k + offs_k[None, :])
+        x = tl.load(x_ptr + offs_m[:, None] * K + k + offs_k[None, :], live[:, None], other=0.0)
+        acc = tl.dot(weight, x.T, acc)
+    acc = tl.where(live[None, :], acc, 0.0)
+    tl.store(out_ptr + offs_m[None, :] * BLOCK_N + offs_n[:, None], acc, live[None, :])
+
+
 def fill(x):
     _specialised_kernel[(1,)](x, x.shape[0], BLOCK=64)
 
@@ -68,6 +80,10 @@ def square(x):
     _greedy_for_shared_memory_kernel[(1,)](x, BLOCK=256, num_warps=8)
 
 
+def product(x, weight, out):
+    _dropping_kernel[(1,)](x, weight, out, x.shape[0], K=2048, BLOCK_M=16, BLOCK_N=64, BLOCK_K=128, num_warps=4, num_stages=4)
+
+
 def all_calls(device, dtypes=(torch.float32,)):
     for dtype in dtypes:
         x = torch.zeros(16384, dtype=dtype, device=device)
@@ -77,3 +93,4 @@ def all_calls(device, dtypes=(torch.float32,)):
         yield "scalar loads", double, (x,)
         yield "spilling", scale, (x,)
         yield "shared", square, (x,)
+        yield "dropped", product, (x[:8192].view(4, 2048), torch.zeros(64, 2048, dtype=dtype, device=device), torch.zeros(4, 64, device=device))

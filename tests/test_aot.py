@@ -49,6 +49,11 @@ def assert_nothing_spills(rows):
     assert not spilled, "\n".join(spilled)
 
 
+def assert_nothing_dropped(rows):
+    dropped = [f"{label(row)}: {row['dropped']} products dropped by the assembler" for row in rows if row.get("dropped")]
+    assert not dropped, "\n".join(dropped)
+
+
 def assert_fits(rows):
     large = [f"{label(row)}: {row['shared']} bytes of shared memory" for row in rows if row.get("shared", 0) > SHARED[row["target"]] * 1024]
     assert not large, "\n".join(large)
@@ -74,6 +79,10 @@ def test_every_kernel_compiles_without_spills(report, target):
     assert {row["case"].split(".")[0] for row in rows} == set(ROOMS)
     assert_compiled(rows)
     assert_nothing_spills(rows)
+
+
+def test_the_assembler_drops_no_product(report):
+    assert_nothing_dropped(report["kernels"])
 
 
 @pytest.mark.parametrize("target", SHARED)
@@ -110,6 +119,11 @@ def test_spills_are_caught(bad_report):
     with pytest.raises(AssertionError, match=r"spilling _spilling_kernel: [1-9][0-9]* spilled bytes"):
         assert_nothing_spills(case(bad_report, "spilling"))
     assert_nothing_spills(case(bad_report, "scalar loads"))
+
+
+def test_a_dropped_product_is_caught(bad_report):
+    with pytest.raises(AssertionError, match=r"_dropping_kernel: [1-9][0-9]* products dropped"):
+        assert_nothing_dropped(case(bad_report, "dropped"))
 
 
 def test_shared_memory_is_caught(bad_report):

@@ -42,6 +42,7 @@ def build(device, architecture="LlamaForCausalLM", layers=1):
         if not name.endswith("norm.weight"):
             view.mul_(5)
     weights.embed[UNLUCKY] = float("nan")
+    weights.lm_head[UNLUCKY] = 0.0                 # its logit is 0, far below the best: never drawn greedily
     return Llama.build(config, weights, MAX_LEN)
 
 

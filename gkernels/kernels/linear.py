@@ -48,7 +48,8 @@ def _linear_kernel(
     mask_live = offs_m < live
     x_tile = x_ptr + offs_m.to(tl.int64)[:, None] * stride_xt + offs_k[None, :]
     weight_tile = weight_ptr + pid_n.to(tl.int64) * BLOCK_N * K + (tl.arange(0, BLOCK_N)[:, None] * K + offs_k[None, :])
-    acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    # A zero that the assembler cannot know: ptxas 12.8 drops wgmma products whose sums start at 0 and meet a select with 0, as below
+    acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32) + (T >> 31).to(tl.float32)
     for k in range(0, K, BLOCK_K):
         if EVEN:
             weight = tl.load(weight_tile + k, eviction_policy="evict_first")

@@ -315,7 +315,8 @@ def rotary_kv_write(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, positions
                     interleaved: bool = False, q_norm: torch.Tensor | None = None, k_norm: torch.Tensor | None = None,
                     eps: float = 1e-6, num_tokens: torch.Tensor | None = None) -> None:
     """rmsnorm(q, q_norm) and rmsnorm(k, k_norm) where weights [D] are given, then rotary, then kv_write: q goes to `q_out`, which may be
-    `q`, k and v to their slots. Without norms, and in float32, it has the bits of that chain. Shapes: see here and kv_cache. Raises ValueError or TypeError."""
+    `q`, k and v to their slots. In float32 and without norms it has the bits of that chain. Shapes: see here and kv_cache. Raises ValueError
+    or TypeError."""
     op = "rotary_kv_write"
     check_cache(op, k, v, k_cache, v_cache, slot_mapping)
     _check_rotary(op, q, k, positions, cos_sin, q_out, num_tokens)
