@@ -1,11 +1,31 @@
 """The messages of gkernels/kernels/_check.py: each names the op, the argument, what came, what was expected and how to mend it."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
 from gkernels.kernels import _check
 
 INTS = (torch.int32,)
+
+
+@pytest.fixture(autouse=True)
+def any_device(monkeypatch):
+    """These tensors lie on the CPU, which compiled kernels refuse."""
+    monkeypatch.setattr(_check, "can_run", lambda device: True)
+
+
+def test_compiled_kernels_refuse_the_cpu():
+    """Without a GPU and without the interpreter, a call says what is missing and how to mend it."""
+    call = ("import torch; from gkernels.kernels import rmsnorm\ntry: rmsnorm.rmsnorm(torch.ones(2, 8), torch.ones(8))\n"
+            "except ValueError as error: print(error)")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    said = subprocess.run([sys.executable, "-c", call], env=environment, capture_output=True, text=True, check=True).stdout
+    assert said == ("gkernels.rmsnorm: x: got a CPU tensor, expected one on a GPU, or kernels that are interpreted; move it with "
+                    ".to('cuda'), or call gkernels.interpret.enable() before a kernel is imported\n")
 
 
 @pytest.mark.parametrize("t, shape, dtypes, options, error, message", [

@@ -80,7 +80,7 @@ def test_verify_sees_a_wrong_token(capsys, checkpoint, device, monkeypatch):
     (("--max-tokens", "few"), "invalid integer value: 'few'"),
     (("--dtype", "int8"), "invalid choice: 'int8'"),
     (("--fast",), "unrecognized arguments: --fast"),
-    (("--top-k", -1), "top_k: got -1, expected 0 to the vocabulary's 1024"),
+    (("--top-k", -1), "top_k: got -1, expected an integer from 0 to the vocabulary's 1024"),
     (("--temperature", "nan"), "temperature: got nan"),
     (("--prompt", "word " * 600), "--prompt: got .* tokens, expected at most 511: shorten it, the model serves no longer ones"),
     (("--prompt", "word " * 60, "--max-len", 20), "--prompt: got .* tokens, expected at most 19: shorten it, or raise --max-len"),

@@ -348,6 +348,16 @@ class Sharing(Engine):
         request.pages = pages
 
 
+def test_take_forgets_an_ended_request(device):
+    engine = Paper(device).engine()
+    i = engine.add([1], Sampling(2, ignore_eos=True))
+    for wrong in (i, i + 1):
+        with pytest.raises(ValueError, match=f"Engine.take: request_id: got {wrong}, expected the id of a request that has ended"):
+            engine.take(wrong)
+    list(engine.stream())
+    assert len(engine.take(i).output) == 2 and not engine.requests
+
+
 @pytest.mark.parametrize("kind", [Forgetful, Leaky, Sharing])
 def test_a_broken_page_book_is_caught(device, kind):
     case = Paper(device), prompts(3, 9, 6), Sampling(8), 6
@@ -512,8 +522,11 @@ BAD_ADDS = [
     ([1], dict(temperature=float("nan")), "sample: temperature: got nan, expected a finite number"),
     ([1], dict(temperature=float("inf")), "sample: temperature: got inf, expected a finite number"),
     ([1], dict(temperature=-0.5), "sample: temperature: got -0.5, expected a finite number"),
-    ([1], dict(top_k=-1), f"sample: top_k: got -1, expected 0 to the vocabulary's {VOCAB}"),
-    ([1], dict(top_k=VOCAB + 1), "sample: top_k: got 98, expected 0 to"),
+    ([1], dict(top_k=-1), f"sample: top_k: got -1, expected an integer from 0 to the vocabulary's {VOCAB}"),
+    ([1], dict(top_k=VOCAB + 1), "sample: top_k: got 98, expected an integer from 0 to"),
+    ([1], dict(top_k=1.5), "sample: top_k: got 1.5, expected an integer"),
+    ([1], dict(temperature=None), "sample: temperature: got None, expected a finite number"),
+    ([1], dict(temperature=1e39), r"sample: temperature: got 1e\+39, expected a finite number"),
     ([1], dict(top_p=0.0), "sample: top_p: got 0.0, expected a number above 0"),
     ([1], dict(top_p=1.01), "sample: top_p: got 1.01, expected a number above 0"),
     ([1], dict(min_p=-0.1), "sample: min_p: got -0.1, expected a number from 0 to 1"),
@@ -531,7 +544,7 @@ def test_bad_requests_are_named_and_queue_nothing(device, prompt, options, words
 
 
 @pytest.mark.parametrize("second, options, error", [([VOCAB], Sampling(), ValueError), ([1], [Sampling()], ValueError),
-                                                    ([1], [Sampling(), Sampling(temperature=None)], TypeError)])
+                                                    ([1], [Sampling(), Sampling(temperature=None)], ValueError)])
 def test_generate_runs_all_prompts_or_none(device, second, options, error):
     engine = Paper(device).engine()
     with pytest.raises(error):

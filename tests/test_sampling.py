@@ -325,7 +325,7 @@ def test_misuse_is_named(device, change, error, words):
 @pytest.mark.parametrize("change, words", [
     (dict(temperature=NAN), "sample: temperature: got nan, expected a finite number, at least 0; 0 takes the likeliest token"),
     (dict(temperature=-1.0), "temperature: got -1.0"), (dict(temperature=INF), "temperature: got inf"),
-    (dict(top_k=-1), "top_k: got -1"), (dict(top_k=101), "top_k: got 101, expected 0 to the vocabulary's 100; 0 keeps every token"),
+    (dict(top_k=-1), "top_k: got -1"), (dict(top_k=101), "top_k: got 101, expected an integer from 0 to the vocabulary's 100; 0 keeps every token"),
     (dict(top_p=0.0), "top_p: got 0.0"), (dict(top_p=1.1), "top_p: got 1.1"), (dict(top_p=NAN), "top_p: got nan"),
     (dict(min_p=-0.1), "min_p: got -0.1"), (dict(min_p=1.1), "min_p: got 1.1"), (dict(min_p=NAN), "min_p: got nan"),
 ])

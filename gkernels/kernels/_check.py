@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import torch
+import triton
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def can_run(device: torch.device) -> bool:
+    """Whether kernels can run on tensors of this device: any but the CPU, and the CPU where they are interpreted."""
+    return device.type != "cpu" or triton.knobs.runtime.interpret
 
 
 def require(good: bool, op: str, argument: str, got: object, expected: str, error: type[Exception] = ValueError) -> None:
@@ -32,6 +38,9 @@ def tensor(op: str, name: str, t: torch.Tensor, shape: tuple, dtypes: tuple, dev
         step *= t.shape[dim]
     if aligned and t.data_ptr() % 16:
         raise ValueError(f"gkernels.{op}: {name}: got an address that is not a multiple of 16 bytes, expected an aligned one; call .clone()")
+    if not can_run(t.device):
+        raise ValueError(f"gkernels.{op}: {name}: got a CPU tensor, expected one on a GPU, or kernels that are interpreted; move it with "
+                         ".to('cuda'), or call gkernels.interpret.enable() before a kernel is imported")
 
 
 def counter(op: str, name: str, t: torch.Tensor | None, device: torch.device) -> None:

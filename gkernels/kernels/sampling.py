@@ -13,7 +13,6 @@ without a choice gets token -1 and status |= NO_TOKEN; options out of range are 
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -182,12 +181,13 @@ def config(V: int) -> Config:
 
 def check_options(temperature: float, top_k: int, top_p: float, min_p: float, vocab_size: int) -> None:
     """Raises ValueError on the options of one request, on the host, where the kernel would switch them off and flag the row."""
-    for name, value, good, expected in (
-            ("temperature", temperature, 0 <= temperature < math.inf, "a finite number, at least 0; 0 takes the likeliest token"),
-            ("top_k", top_k, 0 <= top_k <= vocab_size, f"0 to the vocabulary's {vocab_size}; 0 keeps every token"),
-            ("top_p", top_p, 0 < top_p <= 1, "a number above 0 and at most 1; 1 keeps every token"),
-            ("min_p", min_p, 0 <= min_p <= 1, "a number from 0 to 1; 0 keeps every token")):
-        _check.require(good, "sample", name, value, expected)
+    least, most = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
+    for name, value, kinds, low, high, expected in (
+            ("temperature", temperature, (int, float), 0, most, "a finite number, at least 0; 0 takes the likeliest token"),
+            ("top_k", top_k, (int,), 0, vocab_size, f"an integer from 0 to the vocabulary's {vocab_size}; 0 keeps every token"),
+            ("top_p", top_p, (int, float), least, 1, "a number above 0 and at most 1; 1 keeps every token"),
+            ("min_p", min_p, (int, float), 0, 1, "a number from 0 to 1; 0 keeps every token")):
+        _check.require(isinstance(value, kinds) and not isinstance(value, bool) and low <= value <= high, "sample", name, value, expected)
 
 
 def sample_out(logits: torch.Tensor, temperature: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, min_p: torch.Tensor,

@@ -17,7 +17,7 @@ import torch
 
 from .. import ops
 from ..graph import Buckets, GraphRunner
-from .cache import OutOfPages, PagedCache, PagePool, bytes_per_page
+from .cache import PagedCache, PagePool, bytes_per_page
 from .config import LlamaConfig
 from .llama import Llama
 from .load import load_weights
@@ -38,7 +38,7 @@ class Sampling:
     ignore_eos: bool = False
 
 
-@dataclass
+@dataclass(eq=False)
 class Request:
     id: int
     prompt: list[int]
@@ -151,6 +151,12 @@ class Engine:
             raise ValueError(f"gkernels.Engine.cancel: request_id: got {request_id}, expected the id of a request that has not ended")
         self._finish(request, "cancelled")
 
+    def take(self, request_id: int) -> Request:
+        """Removes an ended request from the books and returns it, so that a server that runs for long does not fill them."""
+        if request_id not in self.requests or not self.requests[request_id].finish_reason:
+            raise ValueError(f"gkernels.Engine.take: request_id: got {request_id}, expected the id of a request that has ended")
+        return self.requests.pop(request_id)
+
     @property
     def busy(self) -> bool:
         return bool(self.waiting or self.running)
@@ -200,43 +206,30 @@ class Engine:
         """The step's requests and how many tokens of each: first one token of every request that decodes, then prompt chunks."""
         budget = self.step_fn.max_tokens
         batch: list[tuple[Request, int]] = []
-        order = sorted(self.running, key=lambda r: r.length - r.computed != 1)         # stable: decodes first, else by age
-        while order:
-            request = order.pop(0)
+        for request in list(self.running):                 # oldest first; only the youngest can be amid its prompt
             n = min(request.length - request.computed, budget)
-            if n and self._reserve(request, n, order, batch):
+            while request in self.running and not self._reserve(request, n):
+                self._preempt(self.running[-1])            # the youngest yields its pages, and at last the request itself
+            if request in self.running:
                 batch.append((request, n))
                 budget -= n
         while self.waiting and budget and len(self.running) < self.step_fn.max_requests:
             request = self.waiting[0]
             n = min(request.length, budget)
-            try:
-                request.pages += self.pool.allocate(self._missing_pages(request, n))
-            except OutOfPages:
-                break                                       # it waits; nobody is preempted for a newcomer
-            self.waiting.popleft()
-            self.running.append(request)
+            if not self._reserve(request, n):
+                break                                      # it waits; nobody is preempted for a newcomer
+            self.running.append(self.waiting.popleft())
             batch.append((request, n))
             budget -= n
         return batch
 
-    def _missing_pages(self, request, n):
-        return -(-(request.computed + n) // self.page_size) - len(request.pages)
-
-    def _reserve(self, request, n, order, batch):
-        """Pages for n more tokens of a running request, preempting the youngest others while there are too few. False if it had to yield itself."""
-        while True:
-            try:
-                request.pages += self.pool.allocate(self._missing_pages(request, n))
-                return True
-            except OutOfPages:
-                youngest = max(self.running, key=lambda r: r.id)
-                self._preempt(youngest)
-                if youngest in order:
-                    order.remove(youngest)
-                batch[:] = [(r, m) for r, m in batch if r is not youngest]
-                if youngest is request:
-                    return False
+    def _reserve(self, request, n):
+        """Gives a request the pages for n more tokens; False, and none given, where too few are free."""
+        missing = -(-(request.computed + n) // self.page_size) - len(request.pages)
+        if missing > self.pool.available:
+            return False
+        request.pages += self.pool.allocate(missing)
+        return True
 
     def _preempt(self, request):
         self._release(request)
@@ -260,7 +253,8 @@ class Engine:
         except Exception:
             for i in ids:
                 self.cancel(i)
+                self.take(i)
             raise
         for _ in self.stream():
             pass
-        return [self.requests[i].output for i in ids]
+        return [self.take(i).output for i in ids]
