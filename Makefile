@@ -6,6 +6,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 TESTS := $(if $(ONLY),tests/test_$(ONLY).py,tests)
 TORCH = torch==$$(if command -v nvidia-smi >/dev/null; then echo 2.11.0; else echo 2.13.0; fi)
+PARALLEL = $$($(PYTHON) -c 'import xdist; print("-n auto --dist loadfile")' 2>/dev/null)
 HAS_TORCH := -c 'import torch, triton' 2>/dev/null
 
 .PHONY: demo test gpu bench lint clean
@@ -18,7 +19,7 @@ test: $(READY)
 
 gpu:
 	@results=$$(mktemp -d); passed=true; \
-	GKERNELS_REQUIRE_GPU=1 $(PYTHON) -m pytest $(TESTS) --junit-xml=$$results/tests.xml || passed=false; \
+	GKERNELS_REQUIRE_GPU=1 $(PYTHON) -m pytest $(PARALLEL) $(TESTS) --junit-xml=$$results/tests.xml || passed=false; \
 	$(if $(ONLY),,if [ -s $$results/tests.xml ]; then $(PYTHON) -m tests.counts $$results/tests.xml; fi;) $$passed
 	$(if $(or $(if $(ONLY),,all),$(wildcard bench/$(ONLY).py)),$(PYTHON) -m bench $(ONLY))
 

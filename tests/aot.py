@@ -103,7 +103,8 @@ def dropped_products(cubin):
         binary = Path(folder, "kernel.cubin")
         binary.write_bytes(cubin)
         tool = Path(get_ptxas(90).path).with_name("cuobjdump")
-        return len(re.findall(r"HGMMA\S* RZ, gdesc\[URZ\]", subprocess.run([tool, "-sass", binary], capture_output=True, text=True, check=True).stdout))
+        sass = subprocess.run([tool, "-sass", binary], capture_output=True, text=True, check=True).stdout
+        return len(re.findall(r"HGMMA\S* RZ, gdesc\[URZ\]", sass))
 
 
 def hip_report(asm):
