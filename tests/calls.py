@@ -104,7 +104,7 @@ def embedding(device, dtype):
 @room
 def linear(device, dtype):
     from gkernels.kernels import linear
-    for T, N, K in ((1, 16, 256), (100, 16, 256), (1, 4224, 128), (1, 8448, 128), (200, 64, 64), (3, 5, 100), (300, 20, 64)):
+    for T, N, K in ((1, 16, 256), (60, 16, 256), (1, 3072, 128), (1, 8448, 128), (60, 8448, 128), (60, 64, 64), (3, 5, 100), (300, 20, 64)):
         x, weight, bias = (torch.zeros(*shape, dtype=dtype, device=device) for shape in ((T, K), (N, K), (N,)))
         yield f"T{T} N{N} K{K}", linear.linear_out, (x, weight, torch.empty(T, N, dtype=dtype, device=device), bias, counter(1, device))
         yield f"T{T} N{N} K{K} logits", linear.linear_out, (x, weight, torch.empty(T, N, device=device), None, counter(1, device))

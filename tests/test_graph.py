@@ -123,8 +123,8 @@ def test_order_a_b_a_with_churn(step, runner):
 
 
 def test_every_bucket_gives_the_same_bits(step):
-    """A batch of few tokens through each bucket that covers it."""
-    runner = GraphRunner(step, Buckets([8, 16, 64, T]), "cuda")
+    """A batch of few tokens through each bucket that covers it, up to where linear hands over to torch's products."""
+    runner = GraphRunner(step, Buckets([8, 16, 40, 64]), "cuda")
     with eager_memory():
         runner.capture(progress=False)
     rows = [Row([5], 40, [1, 2, 3], seed=9, temperature=1.0), Row([7, 8, 9], 3, [4]), Row([1], 200, list(range(10, 23)))]
