@@ -5,7 +5,6 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 TESTS := $(if $(ONLY),tests/test_$(ONLY).py,tests)
-TORCH = torch==$$(if command -v nvidia-smi >/dev/null; then echo 2.11.0; else echo 2.13.0; fi)
 PARALLEL = $$($(PYTHON) -c 'import xdist; print("-n auto --dist loadfile")' 2>/dev/null)
 HAS_TORCH := -c 'import torch, triton' 2>/dev/null
 
@@ -34,10 +33,11 @@ clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# The machine's torch and triton serve where they are; elsewhere torch comes first and alone, so that its triton gives way to ours.
+# The machine's torch and triton serve where they are. Elsewhere: without a GPU the CPU build of torch where pip finds one, else torch 2.11.0,
+# the release that asks for triton 3.6.0 as constraints.txt does.
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "gkernels needs Python >= 3.10, got " + sys.version.split()[0])'
 	$(PYTHON) -m venv $$($(PYTHON) $(HAS_TORCH) && echo --system-site-packages) $(VENV)
-	$(BIN)/python $(HAS_TORCH) || $(BIN)/pip install "$(TORCH)"
+	$(BIN)/python $(HAS_TORCH) || { ! command -v nvidia-smi >/dev/null && $(BIN)/pip install torch==2.13.0+cpu; } || $(BIN)/pip install torch==2.11.0
 	$(BIN)/pip install -c constraints.txt -e '.[dev]'
 	touch $@

@@ -16,6 +16,8 @@ import unicodedata
 from importlib import import_module
 from pathlib import Path
 
+from .progress import progress
+
 CHECKPOINT = Path(__file__).parent / "model" / "assets" / "shakespeare"
 PROMPTS = ("ROMEO:\nO,", "KING HENRY:\nNow", "JULIET:\nWhat")
 NEW_TOKENS = {"cpu": 24, "cuda": 200}        # an interpreted step of the packaged checkpoint takes 2 s
@@ -49,7 +51,7 @@ def main(arguments: list[str] | None = None) -> int:
         if (error.name or "gkernels").partition(".")[0] == "gkernels":
             raise
         return complain(f"the package {error.name} is missing; `python -m gkernels doctor` names the command that mends it")
-    except (ValueError, ImportError, RuntimeError) as error:
+    except (ValueError, TypeError, ImportError, RuntimeError) as error:
         if type(error).__name__ == "OutOfMemoryError":
             return complain("out of GPU memory; try a smaller --max-len or --max-requests")
         if not str(error).startswith("gkernels."):
@@ -192,9 +194,8 @@ class Lines:
     """Off a terminal: each line of text once it is whole, after its prompt's number, and a progress bar where stderr is a terminal."""
 
     def __init__(self, texts, total):
-        from tqdm import tqdm
         self.texts = list(texts)
-        self.bar = tqdm(total=total, desc="generate", unit="token", file=sys.stderr, disable=None)
+        self.bar = progress(total=total, desc="generate", unit="token", file=sys.stderr)
 
     def push(self, i, piece, ended):
         *whole, self.texts[i] = (self.texts[i] + piece).split("\n")
@@ -269,7 +270,7 @@ def verify(engine, request, tokenizer) -> bool:
     if not request.output:
         return True
     weights, config, s, n = engine.model.weights, engine.model.config, request.sampling, len(request.prompt)
-    ids = torch.tensor(request.tokens[:-1], device=weights.embed.device)
+    ids = torch.tensor((request.prompt + request.output)[:-1], device=weights.embed.device)
     hidden = reference("llama").hidden_states(weights, config, ids, engine.model.cos_sin)[n - 1:]
     logits = hidden.float() @ weights.lm_head.float().T              # not rounded to the weights' dtype, as the engine's are not
     per_row = lambda value, dtype: torch.full((len(logits),), value, dtype=dtype, device=ids.device)

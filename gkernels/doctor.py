@@ -162,7 +162,7 @@ def checkpoint() -> Finding:
 CHECKS: dict[str, Callable[[], Finding]] = {
     "python": python,
     "gkernels": lambda: (True, f"{__version__}, {Path(__file__).parent}", ""),
-    "torch": package("torch", "pip install torch==2.13.0"),
+    "torch": package("torch", "pip install torch==2.11.0"),
     "triton": package("triton", "pip install triton==3.6.0"),
     "numpy": package("numpy", "pip install 'numpy<2.4'"),
     "einops": package("einops", "pip install einops (only --verify needs it)"),

@@ -9,12 +9,16 @@ It also sums dots in float64: numpy's float32 product of one row changes with th
 from __future__ import annotations
 
 import os
+import sys
 
 REPAIRED_VERSIONS = ("3.6.",)   # the private names below were read in these releases only
 
 
 def enable() -> None:
-    """Switches the interpreter on for every kernel that is imported from now on, and repairs it."""
+    """Switches the interpreter on for every kernel that is imported from now on, and repairs it. RuntimeError where it comes too late."""
+    check = sys.modules.get("gkernels.kernels._check")
+    if check is not None and not check.INTERPRETED:
+        raise RuntimeError("gkernels.interpret.enable: kernels were imported before and stay compiled; call it first")
     os.environ["TRITON_INTERPRET"] = "1"
     repair()
 

@@ -21,7 +21,7 @@ from .kernels import schedule as _schedule
 from .kernels.attention import config as attention_config
 from .kernels.rotary import cos_sin_table
 from .kernels.sampling import BAD_OPTION, NO_TOKEN, check_options
-from .kernels.schedule import BAD_LENGTH, BAD_PAGE, Schedule
+from .kernels.schedule import BAD_LENGTH, BAD_PAGE, MAX_R, Schedule
 
 NAMESPACE = "gkernels"
 _library = torch.library.Library(NAMESPACE, "FRAGMENT")     # the registrations live as long as this object
@@ -49,9 +49,6 @@ rmsnorm = _register(
 add_rmsnorm_out = _register(
     "add_rmsnorm_out(Tensor x, Tensor(a!) residual, Tensor weight, float eps, Tensor(b!) out, Tensor? num_tokens=None) -> ()",
     _rmsnorm.add_rmsnorm_out)
-add_rmsnorm = _register(
-    "add_rmsnorm(Tensor x, Tensor(a!) residual, Tensor weight, float eps=1e-6, Tensor? num_tokens=None) -> Tensor", _rmsnorm.add_rmsnorm,
-    lambda x, residual, weight, eps=1e-6, num_tokens=None: torch.empty_like(x))
 
 rotary_out = _register(
     "rotary_out(Tensor q, Tensor k, Tensor positions, Tensor cos_sin, bool interleaved, Tensor(a!) q_out, Tensor(b!) k_out, "
@@ -95,10 +92,22 @@ attention = _register(
 sample_out = _register(
     "sample_out(Tensor logits, Tensor temperature, Tensor top_k, Tensor top_p, Tensor min_p, Tensor seed, Tensor position, Tensor seq_lens, "
     "Tensor(a!) status, Tensor(b!) out) -> ()", sampling.sample_out)
-sample = _register(
-    "sample(Tensor logits, Tensor temperature, Tensor top_k, Tensor top_p, Tensor min_p, Tensor seed, Tensor position, Tensor seq_lens, "
-    "Tensor(a!) status) -> Tensor", sampling.sample,
-    lambda logits, *options: logits.new_empty(logits.shape[0], dtype=torch.int32))
+
+
+def add_rmsnorm(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float = 1e-6,
+                num_tokens: torch.Tensor | None = None) -> torch.Tensor:
+    """residual += x in place, then returns rmsnorm(residual)."""
+    out = torch.empty_like(x)
+    add_rmsnorm_out(x, residual, weight, eps, out, num_tokens)
+    return out
+
+
+def sample(logits: torch.Tensor, temperature: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, min_p: torch.Tensor, seed: torch.Tensor,
+           position: torch.Tensor, seq_lens: torch.Tensor, status: torch.Tensor) -> torch.Tensor:
+    """Returns one token a row, int32 [R], and ors flags into `status`: see gkernels.kernels.sampling."""
+    out = torch.empty(logits.shape[0], dtype=torch.int32, device=logits.device)
+    sample_out(logits, temperature, top_k, top_p, min_p, seed, position, seq_lens, status, out)
+    return out
 
 
 def _schedule_tensors(query_start_loc, seq_lens, block_table, page_size, num_pages, block_q, positions, slot_mapping, token_to_request,
@@ -128,7 +137,7 @@ def schedule(query_start_loc: torch.Tensor, seq_lens: torch.Tensor, block_table:
     return out
 
 
-__all__ = ["BAD_LENGTH", "BAD_OPTION", "BAD_PAGE", "NO_TOKEN", "Schedule", "add_rmsnorm", "add_rmsnorm_out", "attention", "attention_config",
+__all__ = ["BAD_LENGTH", "BAD_OPTION", "BAD_PAGE", "MAX_R", "NO_TOKEN", "Schedule", "add_rmsnorm", "add_rmsnorm_out", "attention", "attention_config",
            "attention_out", "check_options", "cos_sin_table", "embedding", "embedding_out", "kv_write", "linear", "linear_out", "rmsnorm",
            "rmsnorm_out", "rotary", "rotary_kv_write", "rotary_out", "sample", "sample_out", "schedule", "schedule_out", "silu_and_mul",
            "silu_and_mul_out"]

@@ -15,7 +15,7 @@ def add_rmsnorm(x, residual, weight, eps=1e-6, num_tokens=None):
     wide = torch.promote_types(x.dtype, torch.float32)
     total = (residual.to(wide) + x.to(wide)).to(residual.dtype)
     residual.copy_(total if num_tokens is None else zero_pads(total, num_tokens))
-    return rmsnorm(residual.to(x.dtype), weight, eps, num_tokens)
+    return rmsnorm(residual.to(wide), weight, eps, num_tokens).to(x.dtype)
 
 
 def zero_pads(y, num_tokens):

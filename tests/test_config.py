@@ -52,7 +52,7 @@ def test_defaults_are_those_of_transformers():
         del bare[key]
     got = LlamaConfig.from_dict(bare)
     assert (got.head_dim, got.num_kv_heads, got.rope_theta, got.rope_scaling, got.tie_word_embeddings) == (12, 4, 10000.0, None, False)
-    assert (got.bos_token_id, got.eos_token_ids, got.dtype, got.sliding_window) == (None, (), torch.float32, None)
+    assert (got.bos_token_id, got.eos_token_ids, got.dtype) == (None, (), torch.float32)
 
 
 def test_rope_scaling_is_normalised():
@@ -81,8 +81,10 @@ def test_presets_are_the_public_shapes():
 @pytest.mark.parametrize("changes, words", [
     (dict(architectures=["GPT2LMHeadModel"]), r"config.json: architectures: got \['GPT2LMHeadModel'\], expected a list of one of Llama"),
     (dict(architectures=None), "architectures: got None"),
-    (dict(vocab_size=None), "config.json: vocab_size: got nothing, expected an integer from 1 to 1048576; add the key"),
-    (dict(vocab_size=2**20 + 1), "vocab_size: got 1048577, expected an integer from 1 to 1048576"),
+    (dict(vocab_size=None), "config.json: vocab_size: got nothing, expected an integer from 1 to 262144; add the key"),
+    (dict(vocab_size=2**18 + 1), "vocab_size: got 262145, expected an integer from 1 to 262144"),
+    (dict(hidden_size=16400), "hidden_size: got 16400, expected an integer from 1 to 16384"),
+    (dict(num_attention_heads=34, num_key_value_heads=2), "num_key_value_heads: got 2, expected a divisor of num_attention_heads = 34, and no less"),
     (dict(hidden_size=0), "hidden_size: got 0"),
     (dict(hidden_size=48.0), "hidden_size: got 48.0"),
     (dict(num_hidden_layers=True), "num_hidden_layers: got True"),
@@ -115,7 +117,7 @@ def test_mistral_windows(window, good):
     if window == "absent":
         del config["sliding_window"]
     if good:
-        assert LlamaConfig.from_dict(config).sliding_window is None
+        assert LlamaConfig.from_dict(config).max_position_embeddings
     else:
         with pytest.raises(ValueError, match=r"sliding_window: got (63|4096), expected null or at least max_position_embeddings"):
             LlamaConfig.from_dict(config)

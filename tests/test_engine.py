@@ -493,7 +493,10 @@ def test_bad_rows_of_a_step_are_flagged_and_alone(device):
     logits = s(s.stage([Row(c, 1, [10**6]), good[0], Row(c, 1, [-1]), good[1]]))
     assert s.read(4)[1] == [ops.BAD_PAGE | ops.NO_TOKEN, 0, ops.BAD_PAGE | ops.NO_TOKEN, 0] and s.read(4)[0] == [-1, tokens[0], -1, tokens[1]]
     assert_same(logits[[1, 3]], clean[:2])
-    logits = s(s.stage([Row(b, 1, [3]), good[0], Row(c, 10**6, [4]), Row(c, 1, [5], temperature=-1.0)]))
+    n = s.stage([Row(b, 2, [3]), good[0], Row(c, 1, [4]), Row(c, 1, [5], temperature=-1.0)])
+    s.buffers.stage("seq_lens", [1, 3, 10**6, 1])
+    s.buffers.upload()
+    logits = s(n)
     assert s.read(4)[1] == [ops.BAD_LENGTH | ops.NO_TOKEN, 0, ops.BAD_LENGTH | ops.NO_TOKEN, ops.BAD_OPTION] and s.read(2)[0][1] == tokens[0]
     assert_same(logits[1], clean[0])
 
@@ -504,13 +507,35 @@ def test_a_step_names_what_does_not_fit(device, rows, got):
         Real(device).engine(capture=False).step_fn.stage(rows)
 
 
+@pytest.mark.parametrize("row", [Row([], 1, [1]), Row([1, 2], 1, [1]), Row([1], 5, [1]), Row([1], 1, []), Row([1], 1, [0])])
+def test_a_step_refuses_rows_without_tokens_or_pages(device, row):
+    with pytest.raises(ValueError, match=r"Step: rows\[1\]: got . tokens, seq_len . and . pages, expected 1 to seq_len tokens and pages of 4"):
+        Real(device).engine(capture=False).step_fn.stage([Row([1], 1, [1]), row])
+
+
+def test_generate_names_what_failed(device):
+    engine = Real(device).engine(capture=False)
+    with pytest.raises(RuntimeError, match="generate: prompt 1: error: no finite logit; use add"):
+        engine.generate([[1, 2], [3, UNLUCKY]], Sampling(2, ignore_eos=True))
+    assert not engine.requests and engine.pool.held == 0
+
+
+@pytest.mark.parametrize("interruption", [KeyboardInterrupt, RuntimeError])
+def test_an_interrupted_generate_leaves_nothing_behind(device, monkeypatch, interruption):
+    engine = Paper(device).engine()
+    monkeypatch.setattr(engine.step_fn, "read", lambda n: (_ for _ in ()).throw(interruption("planted")))
+    with pytest.raises(interruption, match="planted"):
+        engine.generate([[1, 2], [3]], Sampling(4))
+    assert not engine.requests and not engine.busy and engine.pool.held == 0
+
+
 BAD_ADDS = [
     ([], {}, "prompt: got no tokens, expected at least one"),
-    ([VOCAB], {}, rf"got \[{VOCAB}\], expected ids from 0 to {VOCAB - 1}"),
-    ([5, -1], {}, r"got \[-1\], expected ids"),
-    ([True], {}, r"got \[True\], expected ids"),
-    ([1.0], {}, r"got \[1.0\], expected ids"),
-    (["a"], {}, r"got \['a'\], expected ids"),
+    ([VOCAB], {}, rf"got \[{VOCAB}\], expected Python integers from 0 to {VOCAB - 1}"),
+    ([5, -1], {}, r"got \[-1\], expected Python integers"),
+    ([True], {}, r"got \[True\], expected Python integers"),
+    ([1.0], {}, r"got \[1.0\], expected Python integers"),
+    (["a"], {}, r"got \['a'\], expected Python integers"),
     ([1] * MAX_LEN, {}, f"prompt: got {MAX_LEN} tokens, expected at most {MAX_LEN - 1}"),
     ([1], dict(stop_token_ids=(VOCAB,)), rf"prompt or stop_token_ids: got \[{VOCAB}\]"),
     ([1], dict(max_tokens=0), "max_tokens: got 0, expected at least 1"),

@@ -9,14 +9,15 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 STDLIB = sys.stdlib_module_names
-MODEL = {"torch", "numpy", "safetensors", "tokenizers", "jinja2", "tqdm", "gkernels.ops", "gkernels.graph", "gkernels.model"}
+MODEL = {"torch", "numpy", "safetensors", "tokenizers", "jinja2", "gkernels.ops", "gkernels.graph", "gkernels.model",
+         "gkernels.progress"}
 ALLOWED = {   # folder: what its files may import besides the standard library; the longest matching folder counts
     "reference": {"torch", "einops", "reference"},
     "gkernels/__init__.py": set(),
     "gkernels/interpret.py": {"numpy", "torch", "triton"},
     "gkernels/kernels": {"torch", "triton", "gkernels.kernels"},
     "gkernels/ops.py": {"torch", "gkernels.kernels"},
-    "gkernels/graph": {"torch", "numpy", "tqdm", "cuda", "triton", "gkernels.graph"},
+    "gkernels/graph": {"torch", "numpy", "cuda", "triton", "gkernels.graph", "gkernels.progress"},
     "gkernels/model": MODEL,
     "gkernels/integrations": MODEL | {"transformers", "vllm", "flash_attn", "gkernels.integrations"},
     "gkernels": {"torch", "triton", "tqdm", "numpy", "gkernels"},

@@ -47,8 +47,7 @@ CASES = {   # case: the inputs -> the positional and the keyword arguments of th
     "rmsnorm heads": lambda x: ((x.q, x.head_norm), dict(num_tokens=x.n)),
     "rmsnorm empty": lambda x: ((x.x[:0], x.norm), {}),
     "rmsnorm_out": lambda x: ((x.x, x.norm, 1e-5, x.out(T, HIDDEN)), dict(num_tokens=x.n)),
-    "add_rmsnorm": lambda x: ((x.x, x.residual, x.norm), {}),
-    "add_rmsnorm pads": lambda x: ((x.x, x.residual, x.norm, 1e-5), dict(num_tokens=x.n)),
+    "add_rmsnorm_out pads": lambda x: ((x.x, x.residual, x.norm, 1e-5, x.out(T, HIDDEN)), dict(num_tokens=x.n)),
     "add_rmsnorm_out": lambda x: ((x.x, x.residual, x.norm, 1e-5, x.out(T, HIDDEN), x.n), {}),
     "rotary": lambda x: ((x.q, x.k, x.plan.positions, x.cos_sin), {}),
     "rotary pads": lambda x: ((x.q, x.k, x.plan.positions, x.cos_sin, True, x.n), {}),
@@ -74,8 +73,8 @@ CASES = {   # case: the inputs -> the positional and the keyword arguments of th
     "attention_out": lambda x: ((x.q, x.k_cache, x.v_cache, x.table, x.plan.items, x.plan.num_items, x.out(T, H, D)), {}),
     "attention_out lse": lambda x: ((x.q, x.k_cache, x.v_cache, x.table, x.plan.items, x.plan.num_items, x.out(T, H, D), x.out(T, H)),
                                     dict(scale=0.5)),
-    "sample": lambda x: ((x.logits, *x.options, x.plan.status), {}),
-    "sample named": lambda x: ((x.logits, *x.options[:-1]), dict(seq_lens=x.seq_lens, status=x.plan.status)),
+    "sample_out named": lambda x: ((x.logits, *x.options[:-1]),
+                                   dict(seq_lens=x.seq_lens, status=x.plan.status, out=x.out(R, dtype=torch.int32))),
     "sample_out": lambda x: ((x.logits, *x.options, x.plan.status, x.out(R, dtype=torch.int32)), {}),
     "schedule_out": lambda x: ((x.query_start_loc, x.seq_lens, x.table, PAGE, BATCH.N, BLOCK_Q, *vars(x.plan).values()), {}),
 }
@@ -260,8 +259,8 @@ def test_compiled_graph_holds_the_registered_ops(device):
     torch._dynamo.reset()
     torch.compile(layer, fullgraph=True, backend=backend)(**layer_arguments(device))
     ours = [t.split(".")[1] for t in targets if t.startswith("gkernels.")]
-    assert ours == ["schedule_out", "embedding", "rmsnorm", "linear", "rotary_kv_write", "attention_out", "linear", "add_rmsnorm", "rmsnorm_out",
-                    "embedding", "linear", "sample"]
+    assert ours == ["schedule_out", "embedding", "rmsnorm", "linear", "rotary_kv_write", "attention_out", "linear", "add_rmsnorm_out", "rmsnorm_out",
+                    "embedding", "linear", "sample_out"]
 
 
 def test_metadata_of_the_face():

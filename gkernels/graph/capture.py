@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
+from .. import progress as bars
 from .buckets import Buckets
 
 
@@ -58,9 +59,8 @@ class GraphRunner:
         if self.device.type != "cuda":
             return
         was_enabled, stream, pool = gc.isenabled(), torch.cuda.Stream(self.device), None
-        bar = _progress(sorted(self.buckets, reverse=True), progress)
         try:
-            for bucket in bar:
+            for bucket in bars.progress(sorted(self.buckets, reverse=True), progress, desc="Capturing CUDA graphs", unit="bucket"):
                 captured = self._capture_one(bucket, stream, pool)
                 self.graphs[bucket], pool = captured, captured.graph.pool()
         except BaseException:
@@ -124,11 +124,3 @@ def count_nodes(graph: torch.cuda.CUDAGraph) -> int:
     if int(error):
         raise RuntimeError(f"gkernels.graph: cudaGraphGetNodes answered {error}")
     return count
-
-
-def _progress(sizes, wanted):
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        return sizes
-    return tqdm(sizes, desc="Capturing CUDA graphs", unit="bucket", disable=None if wanted else True)

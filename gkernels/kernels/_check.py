@@ -8,9 +8,12 @@ import triton
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
 
+INTERPRETED = triton.knobs.runtime.interpret       # as it was when the kernels were decorated; a later change does not reach them
+
+
 def can_run(device: torch.device) -> bool:
-    """Whether kernels can run on tensors of this device: any but the CPU, and the CPU where they are interpreted."""
-    return device.type != "cpu" or triton.knobs.runtime.interpret
+    """Whether kernels can run on tensors of this device: the current GPU, or the CPU where kernels are interpreted."""
+    return INTERPRETED if device.type == "cpu" else device.type != "cuda" or device.index == torch.cuda.current_device()
 
 
 def require(good: bool, op: str, argument: str, got: object, expected: str, error: type[Exception] = ValueError) -> None:
@@ -19,9 +22,10 @@ def require(good: bool, op: str, argument: str, got: object, expected: str, erro
 
 
 def tensor(op: str, name: str, t: torch.Tensor, shape: tuple, dtypes: tuple, device: torch.device | None = None,
-           dense: int = 1, aligned: bool = True) -> None:
+           dense: int = 1, aligned: bool = True, writes: bool = False) -> None:
     """Checks a tensor that a kernel will read or write. `shape` holds ints, or None where any size will do; the innermost `dense`
-    dimensions must be contiguous; `aligned` asks for a base address that divides by 16, which keeps loads vectors."""
+    dimensions must be contiguous; `aligned` asks for a base address that divides by 16, which keeps loads vectors;
+    `writes` refuses rows that lie on each other."""
     if not isinstance(t, torch.Tensor):
         raise TypeError(f"gkernels.{op}: {name}: got {type(t).__name__}, expected a torch.Tensor")
     if t.dim() != len(shape) or any(want is not None and have != want for have, want in zip(t.shape, shape, strict=True)):
@@ -38,9 +42,13 @@ def tensor(op: str, name: str, t: torch.Tensor, shape: tuple, dtypes: tuple, dev
         step *= t.shape[dim]
     if aligned and t.data_ptr() % 16:
         raise ValueError(f"gkernels.{op}: {name}: got an address that is not a multiple of 16 bytes, expected an aligned one; call .clone()")
+    if writes and any(size > 1 and stride == 0 for size, stride in zip(t.shape, t.stride(), strict=True)):
+        raise ValueError(f"gkernels.{op}: {name}: got strides {list(t.stride())}, expected rows that do not overlap; call .contiguous()")
     if not can_run(t.device):
         raise ValueError(f"gkernels.{op}: {name}: got a CPU tensor, expected one on a GPU, or kernels that are interpreted; move it with "
-                         ".to('cuda'), or call gkernels.interpret.enable() before a kernel is imported")
+                         ".to('cuda'), or call gkernels.interpret.enable() before a kernel is imported" if t.device.type == "cpu" else
+                         f"gkernels.{op}: {name}: got a tensor on {t.device}, expected one on the current device, where Triton launches; call "
+                         f"torch.cuda.set_device({t.device.index})")
 
 
 def counter(op: str, name: str, t: torch.Tensor | None, device: torch.device) -> None:

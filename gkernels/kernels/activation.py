@@ -55,7 +55,7 @@ def silu_and_mul_out(x: torch.Tensor, out: torch.Tensor, num_tokens: torch.Tenso
     _check.tensor("silu_and_mul", "x", x, (None, None), _check.FLOATS)
     _check.require(x.shape[1] % 2 == 0, "silu_and_mul", "x", f"{x.shape[1]} columns", "an even number, gate columns then up columns")
     T, F = x.shape[0], x.shape[1] // 2
-    _check.tensor("silu_and_mul", "out", out, (T, F), (x.dtype,), x.device)
+    _check.tensor("silu_and_mul", "out", out, (T, F), (x.dtype,), x.device, writes=True)
     _check.counter("silu_and_mul", "num_tokens", num_tokens, x.device)
     if T * F == 0:
         return

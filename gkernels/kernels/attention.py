@@ -6,7 +6,8 @@ from `schedule`. -> out [T, H, D], and lse [T, H] float32 (natural log of the su
 One program an item and KV head: a tile of BLOCK_Q query rows times the G heads of a group runs over the keys from absolute position 0 in
 steps of BLOCK_N (Dao 2023, arXiv 2307.08691), so a row's bits depend on its own request alone: not on the batch, the bucket, the chunking
 or the page layout. Pad rows are zeros with lse -inf; rows of a request with bad lengths or pages are NaN. Keys that are not live are never
-read. It does not: split one row's keys over programs, mask by window or tree, or scale fp8 caches.
+read; but a value of the request's own that is not finite spoils every row of its tile, also rows before it (0 times NaN).
+It does not: split one row's keys over programs, mask by window or tree, or scale fp8 caches.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ def _attention_kernel(
     kv_head = tl.program_id(1)
     offs_m, offs_n, offs_d = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
     row, member = offs_m // GROUP, offs_m % GROUP                                     # [BLOCK_M]: the group's heads lie side by side
-    token, head = first_token.to(tl.int64) + row, kv_head * G + member
+    token, head = first_token.to(tl.int64) + row, (kv_head * G + member).to(tl.int64)
     live = (row < rows) & (member < G) & (token >= 0) & (token < T)
     mask_md = live[:, None] & (offs_d < D)[None, :]
     out = out_ptr + token[:, None] * stride_ot + head[:, None] * stride_oh + offs_d[None, :]
@@ -74,9 +75,10 @@ def _attention_kernel(
         page = tl.load(table + key // P, seen, other=0)
         bad_pages |= ((page < 0) | (page >= N)).to(tl.int32)
         page = tl.where((page >= 0) & (page < N), page, 0).to(tl.int64)
+        slot = (key % P).to(tl.int64)
         mask_nd = seen[:, None] & (offs_d < D)[None, :]
-        k = tl.load(k_head + page[:, None] * stride_kn + (key % P)[:, None] * stride_kp + offs_d[None, :], mask_nd, other=0.0)
-        v = tl.load(v_head + page[:, None] * stride_vn + (key % P)[:, None] * stride_vp + offs_d[None, :], mask_nd, other=0.0)
+        k = tl.load(k_head + page[:, None] * stride_kn + slot[:, None] * stride_kp + offs_d[None, :], mask_nd, other=0.0)
+        v = tl.load(v_head + page[:, None] * stride_vn + slot[:, None] * stride_vp + offs_d[None, :], mask_nd, other=0.0)
         s = tl.dot(q, k.T, input_precision=PRECISION) * scale_log2                    # [BLOCK_M, BLOCK_N]
         s = tl.where(key[None, :] <= (position + row)[:, None], s, float("-inf"))
         m_new = tl.maximum(m_i, tl.max(s, 1))
@@ -110,13 +112,18 @@ def config(G: int, D: int, dtype: torch.dtype) -> Config:
     return Config(block_m // group, block_m, block_n, stages, warps)
 
 
+def _check_ranks(q, k_cache):
+    _check.require(q.dim() == 3 and k_cache.dim() == 4, "attention", "q, k_cache", f"{q.dim()} and {k_cache.dim()} dimensions",
+                   "[T, H, D] and [N, P, K, D]")
+
+
 def attention_out(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, block_table: torch.Tensor, items: torch.Tensor,
                   num_items: torch.Tensor, out: torch.Tensor, lse: torch.Tensor | None = None, scale: float | None = None) -> None:
     """Writes attention to `out` and, where given, log-sum-exp to `lse`. scale defaults to D ** -0.5; shapes as in the module.
     `items` must have been cut with this op's BLOCK_Q. Raises ValueError or TypeError on shapes, strides or dtypes that do not fit."""
-    _check.require(q.dim() == 3 and k_cache.dim() == 4, "attention", "q, k_cache", f"{q.dim()} and {k_cache.dim()} dimensions",
-                   "[T, H, D] and [N, P, K, D]")
+    _check_ranks(q, k_cache)
     (T, H, D), (N, P, K, _), R = q.shape, k_cache.shape, block_table.shape[0]
+    _check.require(N >= 1, "attention", "k_cache", "no pages", "at least the null page")
     _check.require(K >= 1 and H % K == 0 and 1 <= H // K <= MAX_GROUP, "attention", "q", f"{H} query heads for {K} KV heads",
                    f"a multiple of the KV heads, at most {MAX_GROUP} times as many")
     _check.require(1 <= D <= 256, "attention", "q", f"D = {D}", "1 to 256")
@@ -128,9 +135,9 @@ def attention_out(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor,
     _check.tensor("attention", "block_table", block_table, (R, None), (torch.int32,), q.device)
     _check.tensor("attention", "items", items, (max_items(T, R, c.BLOCK_Q), 4), (torch.int32,), q.device, dense=2)
     _check.counter("attention", "num_items", num_items, q.device)
-    _check.tensor("attention", "out", out, (T, H, D), (q.dtype,), q.device)
+    _check.tensor("attention", "out", out, (T, H, D), (q.dtype,), q.device, writes=True)
     if lse is not None:
-        _check.tensor("attention", "lse", lse, (T, H), (torch.float32,), q.device)
+        _check.tensor("attention", "lse", lse, (T, H), (torch.float32,), q.device, writes=True)
     if T == 0:
         return
     scale = D ** -0.5 if scale is None else scale
@@ -147,6 +154,7 @@ def attention_out(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor,
 def attention(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, query_start_loc: torch.Tensor, seq_lens: torch.Tensor,
               block_table: torch.Tensor, scale: float | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """Makes the schedule, then returns (out [T, H, D], lse [T, H]). In a model, `schedule` runs once and `attention_out` in every layer."""
+    _check_ranks(q, k_cache)
     T, H, D = q.shape
     block_q = config(H // k_cache.shape[2], D, q.dtype).BLOCK_Q
     plan = schedule(query_start_loc, seq_lens, block_table, k_cache.shape[1], k_cache.shape[0], T, block_q)

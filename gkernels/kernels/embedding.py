@@ -65,7 +65,7 @@ def embedding_out(ids: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, nu
     _check.tensor("embedding", "ids", ids, (None,), (torch.int32, torch.int64), aligned=False)
     _check.tensor("embedding", "weight", weight, (None, None), _check.FLOATS, ids.device)
     (T,), (V, D) = ids.shape, weight.shape
-    _check.tensor("embedding", "out", out, (T, D), (weight.dtype,), ids.device)
+    _check.tensor("embedding", "out", out, (T, D), (weight.dtype,), ids.device, writes=True)
     _check.counter("embedding", "num_tokens", num_tokens, ids.device)
     _check.require(padding_index is None or type(padding_index) is int, "embedding", "padding_index", type(padding_index).__name__,
                    "an int or None", TypeError)

@@ -82,8 +82,8 @@ def check_cache(op, k, v, k_cache, v_cache, slot_mapping):
     _check.require(K >= 1, op, "k", f"K = {K}", "1 or more")
     for name, width in (("k", D), ("v", DV)):
         _check.require(1 <= width <= MAX_D, op, name, f"a last dimension of {width}", f"1 to {MAX_D}")
-    _check.tensor(op, "k_cache", k_cache, (None, None, K, D), _check.FLOATS, k.device)
-    _check.tensor(op, "v_cache", v_cache, (*k_cache.shape[:2], K, DV), _check.FLOATS, k.device)
+    _check.tensor(op, "k_cache", k_cache, (None, None, K, D), _check.FLOATS, k.device, writes=True)
+    _check.tensor(op, "v_cache", v_cache, (*k_cache.shape[:2], K, DV), _check.FLOATS, k.device, writes=True)
     _check.require(k_cache.shape[1] >= 1, op, "k_cache", f"a page size of {k_cache.shape[1]}", "1 or more")
     _check.tensor(op, "slot_mapping", slot_mapping, (T,), (torch.int64,), k.device, aligned=False)
 

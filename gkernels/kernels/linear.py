@@ -1,7 +1,7 @@
 """Linear:  out = x @ weight.T + bias.
 
 x [T, K] with any row stride, weight [N, K], bias [N] or None -> out [T, N] in x's dtype, or float32 (logits). float32 sums, one cast.
-Graph-safe: the path, the grid and the tiles depend on T, N and K only; rows at or past num_tokens[0] are written as zeros and never read.
+Graph-safe: the path, the grid and the tiles depend on T, N and K only; rows at or past num_tokens[0] are written as zeros and change nothing.
 Batch-invariant up to TRITON_TOKENS rows: one program sums over K in one order, fixed by (N, K, dtype), so a row's bits are the same for
 any T, tile, place and neighbours. Above it torch multiplies, whose bits may depend on T.
 """
@@ -134,7 +134,7 @@ def linear_out(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, bias: t
     _check.tensor(op, "weight", weight, (None, K), (x.dtype,), x.device, dense=2)
     N = weight.shape[0]
     _check.require(K >= 1 and N >= 1, op, "weight", f"shape [{N}, {K}]", "at least one row and one column")
-    _check.tensor(op, "out", out, (T, N), tuple(dict.fromkeys((x.dtype, torch.float32))), x.device)
+    _check.tensor(op, "out", out, (T, N), tuple(dict.fromkeys((x.dtype, torch.float32))), x.device, writes=True)
     if bias is not None:
         _check.tensor(op, "bias", bias, (N,), (x.dtype,), x.device)
     _check.counter(op, "num_tokens", num_tokens, x.device)

@@ -30,7 +30,7 @@ def _rmsnorm_kernel(
     H: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_NUM_TOKENS: tl.constexpr,
 ):
     row = tl.program_id(0)
-    token, head = (row // H).to(tl.int64), row % H
+    token, head = (row // H).to(tl.int64), (row % H).to(tl.int64)
     offs_d = tl.arange(0, BLOCK_D)
     mask = offs_d < D
     out_row = out_ptr + token * stride_ot + head * stride_oh + offs_d
@@ -65,17 +65,17 @@ def config(D: int) -> Config:
 
 
 def _launch(op, x, residual, weight, eps, out, num_tokens):
+    _check.require(x.dim() in (2, 3), op, "x", f"{x.dim()} dimensions", "[T, D] or [T, H, D]")
     rank3 = x.dim() == 3
     T, H, D = x.shape if rank3 else (x.shape[0], 1, x.shape[-1])
     shape = (T, H, D) if rank3 else (T, D)
-    _check.require(x.dim() in (2, 3), op, "x", f"{x.dim()} dimensions", "[T, D] or [T, H, D]")
     _check.require(1 <= D <= MAX_D, op, "x", f"D = {D}", f"1 to {MAX_D}")
     _check.tensor(op, "x", x, shape, _check.FLOATS)
     _check.tensor(op, "weight", weight, (D,), _check.FLOATS, x.device)
-    _check.tensor(op, "out", out, shape, (x.dtype,), x.device)
+    _check.tensor(op, "out", out, shape, (x.dtype,), x.device, writes=True)
     _check.counter(op, "num_tokens", num_tokens, x.device)
     if residual is not None:
-        _check.tensor(op, "residual", residual, (T, D), _check.FLOATS, x.device)
+        _check.tensor(op, "residual", residual, (T, D), _check.FLOATS, x.device, writes=True)
     if T * H == 0:
         return
     c = config(D)

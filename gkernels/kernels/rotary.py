@@ -282,7 +282,7 @@ def _check_rotary(op, q, k, positions, cos_sin, q_out, num_tokens):
     _check.tensor(op, "cos_sin", cos_sin, (None, None), (torch.float32,), q.device, dense=2)
     rotary_dim = cos_sin.shape[1]
     _check.require(2 <= rotary_dim <= D and rotary_dim % 2 == 0, op, "cos_sin", f"{rotary_dim} columns", f"an even number, 2 to D = {D}")
-    _check.tensor(op, "q_out", q_out, (T, H, D), (q.dtype,), q.device)
+    _check.tensor(op, "q_out", q_out, (T, H, D), (q.dtype,), q.device, writes=True)
     _check.counter(op, "num_tokens", num_tokens, q.device)
 
 
@@ -290,7 +290,7 @@ def rotary_out(q: torch.Tensor, k: torch.Tensor, positions: torch.Tensor, cos_si
                q_out: torch.Tensor, k_out: torch.Tensor, num_tokens: torch.Tensor | None = None) -> None:
     """Writes q and k, rotated, to `q_out` and `k_out`, which may be `q` and `k`. Shapes: see the module. Raises ValueError or TypeError."""
     _check_rotary("rotary", q, k, positions, cos_sin, q_out, num_tokens)
-    _check.tensor("rotary", "k_out", k_out, tuple(k.shape), (k.dtype,), q.device)
+    _check.tensor("rotary", "k_out", k_out, tuple(k.shape), (k.dtype,), q.device, writes=True)
     (T, H, D), K, (L, rotary_dim) = q.shape, k.shape[1], cos_sin.shape
     if T == 0:
         return

@@ -43,7 +43,6 @@ class LlamaConfig:
     eos_token_ids: tuple[int, ...]
     bos_token_id: int | None
     dtype: torch.dtype
-    sliding_window: int | None = None
 
     @classmethod
     def from_dir(cls, path: str | Path) -> LlamaConfig:
@@ -63,9 +62,10 @@ class LlamaConfig:
         c.require(config.get("hidden_act", "silu") == "silu", "hidden_act", config.get("hidden_act"), "'silu'")
         c.require(config.get("quantization_config") is None, "quantization_config", config.get("quantization_config"),
                   "none: quantised weights are not supported; convert the checkpoint to bfloat16")
-        hidden, heads = c.integer("hidden_size", 1, 2**17), c.integer("num_attention_heads", 1, 1024)
+        hidden, heads = c.integer("hidden_size", 1, 16384), c.integer("num_attention_heads", 1, 1024)
         kv_heads = c.integer("num_key_value_heads", 1, 1024, default=heads)
-        c.require(heads % kv_heads == 0, "num_key_value_heads", kv_heads, f"a divisor of num_attention_heads = {heads}")
+        c.require(heads % kv_heads == 0 and heads <= 16 * kv_heads, "num_key_value_heads", kv_heads,
+                  f"a divisor of num_attention_heads = {heads}, and no less than a 16th of it")
         if config.get("head_dim") is None:
             c.require(not qwen3, "head_dim", None, "an integer from 1 to 256, because Qwen3 does not derive it from hidden_size")
             c.require(hidden % heads == 0, "num_attention_heads", heads, f"a divisor of hidden_size = {hidden}, because head_dim is absent")
@@ -81,7 +81,7 @@ class LlamaConfig:
         c.require(isinstance(layer_types, list) and all(kind == "full_attention" for kind in layer_types), "layer_types", layer_types,
                   "full_attention in every layer")
         theta, scaling, rotary_dim = _rope(c, head_dim, positions)
-        vocab = c.integer("vocab_size", 1, 2**20)
+        vocab = c.integer("vocab_size", 1, 2**18)
         g = _Keys("generation_config.json", generation_config or {})
         bias = c.boolean("attention_bias", False) and (llama or qwen3)
         dtype = config.get("dtype", config.get("torch_dtype")) or "float32"

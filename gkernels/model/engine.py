@@ -2,7 +2,8 @@
 
 Each step takes one token of every decoding request and fills the rest of its token budget with chunks of waiting prompts, so most steps mix
 prefill and decode rows; the whole step, from metadata to sampled tokens, is one replay of one graph. When pages run out, the youngest
-request gives its pages back and waits to be computed again: it loses time, not tokens, since a token depends on its own request alone.
+request gives its pages back and waits to be computed again. A token depends on its own request alone, bit for bit, in steps of up to 64
+tokens; in larger ones torch multiplies, and rounding may differ with the step's size.
 """
 
 from __future__ import annotations
@@ -48,9 +49,10 @@ class Request:
     computed: int = 0                      # tokens whose keys and values are in the cache
     finish_reason: str | None = None       # "stop", "length", "cancelled" or "error: ..."
 
-    @property
-    def tokens(self) -> list[int]:
-        return self.prompt + self.output
+    def next_tokens(self, n: int) -> list[int]:
+        """The n tokens after those that are computed."""
+        start, end, cut = self.computed, self.computed + n, len(self.prompt)
+        return self.prompt[start:end] + self.output[max(start - cut, 0):max(end - cut, 0)]
 
     @property
     def length(self) -> int:
@@ -79,7 +81,7 @@ class Engine:
     def __init__(self, model: Llama, max_tokens: int = 512, max_requests: int = 32, max_len: int | None = None, page_size: int = 16,
                  num_pages: int | None = None, buckets: Buckets | None = None, capture: bool = True, progress: bool = False):
         c, weights = model.config, model.weights
-        self.max_len = min(max_len or model.cos_sin.shape[0], model.cos_sin.shape[0])
+        self.max_len = min(model.cos_sin.shape[0] if max_len is None else max_len, model.cos_sin.shape[0])
         if not 1 <= page_size <= 256:
             raise ValueError(f"gkernels.Engine: page_size: got {page_size}, expected 1 to 256")
         pages_a_request = -(-self.max_len // page_size)
@@ -88,6 +90,12 @@ class Engine:
         for name, value, least in bounds:
             if value < least:
                 raise ValueError(f"gkernels.Engine: {name}: got {value}, expected at least {least}")
+        if max_requests > ops.MAX_R:
+            raise ValueError(f"gkernels.Engine: max_requests: got {max_requests}, expected at most {ops.MAX_R}, which one schedule covers")
+        row_bytes = c.head_dim * weights.embed.element_size()
+        if any(heads * row_bytes % 16 for heads in (c.num_heads, c.num_kv_heads)):
+            raise ValueError(f"gkernels.Engine: model: got head_dim {c.head_dim} in {weights.embed.dtype}, expected the heads of q and of k to fill "
+                             "a multiple of 16 bytes, which keeps their rows aligned; serve it in float32")
         if max_tokens < max_requests:
             raise ValueError(f"gkernels.Engine: max_tokens: got {max_tokens}, expected at least max_requests = {max_requests}, so that every "
                              "request can decode in one step")
@@ -114,7 +122,7 @@ class Engine:
         """Loads a Hugging Face checkpoint folder and serves it; `options` are those of the constructor."""
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         config = LlamaConfig.from_dir(path)
-        max_len = min(max_len or config.max_position_embeddings, config.max_position_embeddings)
+        max_len = min(config.max_position_embeddings if max_len is None else max_len, config.max_position_embeddings)
         return cls(Llama.build(config, load_weights(path, config, device, dtype), max_len), max_len=max_len, **options)
 
     @staticmethod
@@ -130,7 +138,7 @@ class Engine:
             raise ValueError("gkernels.Engine.add: prompt: got no tokens, expected at least one; begin with the tokenizer's BOS token")
         bad = [t for t in (*prompt, *sampling.stop_token_ids) if isinstance(t, bool) or not isinstance(t, int) or not 0 <= t < vocab]
         if bad:
-            raise ValueError(f"gkernels.Engine.add: prompt or stop_token_ids: got {bad[:4]}, expected ids from 0 to {vocab - 1}")
+            raise ValueError(f"gkernels.Engine.add: prompt or stop_token_ids: got {bad[:4]}, expected Python integers from 0 to {vocab - 1}")
         if len(prompt) >= self.max_len:
             raise ValueError(f"gkernels.Engine.add: prompt: got {len(prompt)} tokens, expected at most {self.max_len - 1}, what the cache holds "
                              "beside one generated token; shorten it, or raise max_len and num_pages")
@@ -166,7 +174,7 @@ class Engine:
         batch = self._schedule()
         if not batch:
             return []
-        rows = [Row(r.tokens[r.computed:r.computed + n], r.computed + n, r.pages, r.sampling.temperature, r.sampling.top_k, r.sampling.top_p,
+        rows = [Row(r.next_tokens(n), r.computed + n, r.pages, r.sampling.temperature, r.sampling.top_k, r.sampling.top_p,
                     r.sampling.min_p, r.sampling.seed) for r, n in batch]
         self.runner.run(self.step_fn.stage(rows))
         tokens, status = self.step_fn.read(len(rows))
@@ -243,18 +251,24 @@ class Engine:
             yield from self.step()
 
     def generate(self, prompts: Iterable[Iterable[int]], sampling: Sampling | Iterable[Sampling] = Sampling()) -> list[list[int]]:
-        """Runs all prompts to their end and returns their tokens. All prompts are checked before any is queued."""
+        """Runs all prompts to their end and returns their tokens. All prompts are checked before any is queued; where a request ended with an
+        error, RuntimeError names it once all have ended."""
         prompts = [list(p) for p in prompts]
         samplings = [sampling] * len(prompts) if isinstance(sampling, Sampling) else list(sampling)
         ids: list[int] = []
         try:
             for prompt, options in zip(prompts, samplings, strict=True):
                 ids.append(self.add(prompt, options))
-        except Exception:
+            for _ in self.stream():
+                pass
+        except BaseException:
             for i in ids:
-                self.cancel(i)
+                if not self.requests[i].finish_reason:
+                    self.cancel(i)
                 self.take(i)
             raise
-        for _ in self.stream():
-            pass
-        return [self.take(i).output for i in ids]
+        ended = [self.take(i) for i in ids]
+        failed = [f"prompt {n}: {request.finish_reason}" for n, request in enumerate(ended) if str(request.finish_reason).startswith("error")]
+        if failed:
+            raise RuntimeError(f"gkernels.Engine.generate: {'; '.join(failed)}; use add() and stream() to keep what the others brought")
+        return [request.output for request in ended]

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from ..progress import progress
 from . import optional
 from .config import LlamaConfig, read_json
 
@@ -106,11 +107,11 @@ def load_weights(path: str | Path, config: LlamaConfig, device: torch.device | s
         device = torch.device("cuda", torch.cuda.current_device())
     shards = _shards(folder)
     found = _scan(folder, shards)
-    tied = config.tie_word_embeddings or "lm_head.weight" not in found
+    tied = config.tie_word_embeddings
     _check_names(folder, found, shapes(config, tied=False), tied)
     weights = empty_weights(config, device, dtype, tied)
     targets = views(weights, config)
-    for shard in optional("tqdm").tqdm(shards, desc="load weights", unit="shard", disable=None):
+    for shard in progress(shards, desc="load weights", unit="shard"):
         with _open(shard, device) as tensors:
             for name in sorted(targets.keys() & tensors.keys()):
                 targets[name].copy_(tensors.get_tensor(name))
@@ -168,7 +169,8 @@ def _check_names(folder, found, expected, tied):
         def listed(names):
             return f"{len(names)} ({', '.join(names[:8])}{', ...' if len(names) > 8 else ''})" if names else "none"
         raise ValueError(f"gkernels.model: {folder}: the tensors are not those of config.json: missing {listed(missing)}, "
-                         f"unexpected {listed(unexpected)}")
+                         f"unexpected {listed(unexpected)}" + ("; a checkpoint whose lm_head is its embedding says "
+                                                               "tie_word_embeddings: true" if missing == ["lm_head.weight"] else ""))
     for name, shape in expected.items():
         if name not in found:
             continue

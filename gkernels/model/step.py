@@ -12,7 +12,7 @@ import torch
 
 from .. import ops
 from ..graph import Field, StaticBuffers
-from .cache import PagedCache
+from .cache import NULL_PAGE, PagedCache
 from .llama import Llama
 
 
@@ -49,12 +49,17 @@ class Step:
         self._plans: dict[int, ops.Schedule] = {}
 
     def stage(self, rows: list[Row]) -> int:
-        """Puts a batch into the static buffers and returns its number of tokens."""
+        """Puts a batch into the static buffers and returns its number of tokens. ValueError, and nothing staged, for a batch that does not fit
+        the capacities, and for a row without tokens or without pages of its own for all of them."""
         lens = [len(row.token_ids) for row in rows]
         tokens = sum(lens)
         if tokens > self.max_tokens or len(rows) > self.max_requests:
             raise ValueError(f"gkernels.Step: rows: got {tokens} tokens in {len(rows)} requests, expected at most {self.max_tokens} in "
                              f"{self.max_requests}; split the batch")
+        for i, row in enumerate(rows):
+            if not row.token_ids or NULL_PAGE in row.pages or not len(row.token_ids) <= row.seq_len <= len(row.pages) * self.cache.page_size:
+                raise ValueError(f"gkernels.Step: rows[{i}]: got {len(row.token_ids)} tokens, seq_len {row.seq_len} and {len(row.pages)} pages, "
+                                 f"expected 1 to seq_len tokens and pages of {self.cache.page_size} for all of seq_len, none of them page 0")
         stage = self.buffers.stage
         stage("token_ids", [t for row in rows for t in row.token_ids])
         stage("query_start_loc", np.cumsum([0, *lens]))
