@@ -1,4 +1,8 @@
-"""Paged attention, first version: decode, prefill and mixed batches of 32 query heads on 8 KV heads, D 128, page 16, bf16."""
+"""Paged attention, first version: decode, prefill and mixed batches of 32 query heads on 8 KV heads, D 128, page 16, bf16.
+
+torch is scaled_dot_product_attention, causal, over dense keys and values: for the prefills alone, whose one request needs no pages and no
+other mask. Decode and mixed batches would have to be gathered and padded for it first, and the figure would be that of the copies.
+"""
 
 import torch
 
@@ -45,7 +49,14 @@ def ours(query_lens, lens):
     return lambda: attention.attention_out(q, k_cache, v_cache, table, plan.items, plan.num_items, out)
 
 
+def theirs(n):
+    q, k, v = (torch.randn(1, heads, n, D, device="cuda", dtype=torch.bfloat16) for heads in (H, K, K))
+    return lambda: torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+
+
 def main():
     for case, query_lens, lens in cases():
         moved, flops = traffic(query_lens, lens)
+        if case.startswith("prefill"):
+            bench("attention", case, "torch", lambda i, n=lens[0]: theirs(n), bytes=moved, flops=flops)
         bench("attention", case, "gkernels", lambda i, q=query_lens, n=lens: ours(q, n), bytes=moved, flops=flops)

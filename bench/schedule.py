@@ -1,4 +1,8 @@
-"""The schedule of a step, which runs once for all layers: one launch, against the floor of a graph node."""
+"""The schedule of a step, which runs once for all layers: one launch, against the floor of a graph node.
+
+torch is no provider here: its way to positions, slots and a sorted work list is some twenty operations, half of them with shapes that follow
+the batch, and no engine computes them on the device like that.
+"""
 
 import torch
 

@@ -45,10 +45,20 @@ def test_broken_variants_are_caught(device):
         check_pads(lambda x, num_tokens: room.silu_and_mul(x), device, 0, torch.float32, 2, 2, 16, float("nan"))
 
 
-@given(seeds, dtypes, st.permutations(range(4)), widths)
-def test_row_order_changes_no_bit(device, seed, dtype, order, F):
+def check_rows_keep_their_bits(op, device, seed, dtype, order, F):
+    """Each row alone equals the row in any place among any others."""
     x = randn(seed, 4, 2 * F, dtype=dtype, device=device)
-    assert_same(room.silu_and_mul(x[order]), room.silu_and_mul(x)[order])
+    assert_same(op(x[order]), torch.cat([op(row[None].clone()) for row in x])[order])
+
+
+@given(seeds, dtypes, st.permutations(range(4)), widths)
+def test_rows_keep_their_bits(device, seed, dtype, order, F):
+    check_rows_keep_their_bits(room.silu_and_mul, device, seed, dtype, order, F)
+
+
+def test_a_gate_that_sees_the_batch_is_caught(device):
+    with pytest.raises(AssertionError, match="elements differ"):
+        check_rows_keep_their_bits(lambda x: room.silu_and_mul(x) + 1e-6 * x.mean(), device, 0, torch.float32, [2, 0, 3, 1], 16)
 
 
 @pytest.mark.filterwarnings("ignore:overflow encountered in exp")   # numpy's word on exp(1024) = inf

@@ -1,5 +1,7 @@
 """Paged attention against its twin, and the contract: what may not change a bit, and what must stay in its row."""
 
+from random import Random
+
 import pytest
 import torch
 from hypothesis import given
@@ -8,10 +10,11 @@ from hypothesis import strategies as st
 import reference.attention as twin
 from gkernels.kernels import attention as room
 from tests.close import assert_close, assert_same
-from tests.strategies import Batch, batches, dtypes, poisons, randn, seeds
+from tests.strategies import Batch, batches, dtypes, far, poisons, randn, seeds
 
 heads = st.sampled_from([(1, 1), (4, 2), (3, 1), (7, 1), (16, 1), (6, 2)])      # (H, K): groups of 1, 2, 3, 7, 16 and 3
 head_dims = st.sampled_from([16, 32, 80, 96])
+NAMES = ("q", "k_cache", "v_cache", "query_start_loc", "seq_lens", "block_table")
 lone_requests = st.tuples(st.integers(1, 5), st.integers(0, 80))
 
 
@@ -49,23 +52,61 @@ def test_any_page_size(device, page_size):
     judge(problem(batch, 1, torch.float16, device, (4, 2), 32), batch.num_tokens)
 
 
-@given(seeds, dtypes, batches(), heads, poisons)
-def test_poison_changes_no_bit(device, seed, dtype, batch, heads, poison):
+def check_poison(attention, device, seed, dtype, batch, heads, poison):
     """Unused slots, unowned pages, unused table entries (junk in every batch) and pad rows."""
     clean, dirty = (problem(batch, seed, dtype, device, heads, 16, fill) for fill in (0.0, poison))
-    for got, want in zip(room.attention(*dirty), room.attention(*clean), strict=True):
+    for got, want in zip(attention(*dirty), attention(*clean), strict=True):
         assert_same(got, want)
 
 
 @given(seeds, dtypes, batches(), heads, poisons)
-def test_pads_are_zero(device, seed, dtype, batch, heads, poison):
-    out, lse = room.attention(*problem(batch, seed, dtype, device, heads, 16, poison))
+def test_poison_changes_no_bit(device, seed, dtype, batch, heads, poison):
+    check_poison(room.attention, device, seed, dtype, batch, heads, poison)
+
+
+def reads_dead_slots(q, k_cache, v_cache, starts, lens, table):
+    return room.attention(q, k_cache, v_cache, starts, lens + 4, table)
+
+
+def reads_the_null_page(q, k_cache, v_cache, *metadata):
+    return [t + 0 * k_cache[0].sum() for t in room.attention(q, k_cache, v_cache, *metadata)]
+
+
+def reads_pad_rows(q, *rest):
+    return [t + 0 * q[-1].sum() for t in room.attention(q, *rest)]
+
+
+@pytest.mark.parametrize("broken", [reads_dead_slots, reads_the_null_page, reads_pad_rows])
+def test_control_what_reads_poison_is_caught(device, broken):
+    batch = Batch([1], [5], 16, pads=1)
+    with pytest.raises(AssertionError, match="elements differ"):
+        check_poison(broken, device, 0, torch.float32, batch, (2, 1), float("nan"))
+    check_poison(broken, device, 0, torch.float32, batch, (2, 1), 0.0)       # equal fills: it was the poison that told
+
+
+def check_pads(attention, device, seed, dtype, batch, heads, poison):
+    out, lse = attention(*problem(batch, seed, dtype, device, heads, 16, poison))
     assert_same(out[batch.num_tokens:], torch.zeros_like(out[batch.num_tokens:]))
     assert (lse[batch.num_tokens:] == float("-inf")).all()
 
 
-@given(seeds, dtypes, st.lists(lone_requests, min_size=2, max_size=4), heads, st.sampled_from([1, 4, 16]), st.randoms(use_true_random=False))
-def test_a_request_does_not_see_its_batch(device, seed, dtype, requests, heads, page_size, random):
+@given(seeds, dtypes, batches(), heads, poisons)
+def test_pads_are_zero(device, seed, dtype, batch, heads, poison):
+    check_pads(room.attention, device, seed, dtype, batch, heads, poison)
+
+
+@pytest.mark.parametrize("left", [0, 1], ids=["out", "lse"])
+def test_control_pads_left_unwritten_are_caught(device, left):
+    def broken(q, k_cache, v_cache, starts, lens, table):
+        results = room.attention(q, k_cache, v_cache, starts, lens, table)
+        results[left][starts[-1]:] = 1.0
+        return results
+
+    with pytest.raises(AssertionError):
+        check_pads(broken, device, 0, torch.float16, Batch([1, 2], [5, 0], 4, pads=2), (4, 2), 6e4)
+
+
+def check_a_request_alone(attention, device, seed, dtype, requests, heads, page_size, random):
     """Batch and page permutation, other pads and spare rows, and each request alone: the same bits."""
     H, K = heads
     q = [randn(seed + 31 * i, n, H, 16, dtype=dtype, device=device) for i, (n, _) in enumerate(requests)]
@@ -79,7 +120,7 @@ def test_a_request_does_not_see_its_batch(device, seed, dtype, requests, heads, 
                 at = torch.arange(len(rows[i]), device=device)
                 cache[torch.tensor(batch.pages[r], device=device)[at // page_size], at % page_size] = rows[i]
         padded = torch.cat([q[i] for i in order] + [torch.full((pads, H, 16), float("nan"), dtype=dtype, device=device)])
-        out, lse = room.attention(padded, *caches, *batch.metadata(device))
+        out, lse = attention(padded, *caches, *batch.metadata(device))
         lens = [len(q[i]) for i in order]
         return {i: (o, l) for i, o, l in zip(order, out[:batch.num_tokens].split(lens), lse[:batch.num_tokens].split(lens), strict=True)}
 
@@ -94,18 +135,58 @@ def test_a_request_does_not_see_its_batch(device, seed, dtype, requests, heads, 
             assert_same(c, a)
 
 
+@given(seeds, dtypes, st.lists(lone_requests, min_size=2, max_size=4), heads, st.sampled_from([1, 4, 16]), st.randoms(use_true_random=False))
+def test_a_request_does_not_see_its_batch(device, seed, dtype, requests, heads, page_size, random):
+    check_a_request_alone(room.attention, device, seed, dtype, requests, heads, page_size, random)
+
+
+def sees_the_batch(q, k_cache, v_cache, starts, lens, table):
+    return [t + 2**-20 * len(lens) for t in room.attention(q, k_cache, v_cache, starts, lens, table)]
+
+
+def sees_the_pages(q, k_cache, v_cache, starts, lens, table):
+    return [t + 2**-20 * table[0, 0] for t in room.attention(q, k_cache, v_cache, starts, lens, table)]
+
+
+def sees_the_pads(q, *rest):
+    return [t + 2**-20 * len(q) for t in room.attention(q, *rest)]
+
+
+@pytest.mark.parametrize("broken", [sees_the_batch, sees_the_pages, sees_the_pads])
+def test_control_what_sees_the_batch_is_caught(device, broken):
+    with pytest.raises(AssertionError, match="elements differ"):
+        check_a_request_alone(broken, device, 0, torch.float32, [(2, 9), (1, 20), (3, 0)], (4, 2), 4, Random(0))
+
+
+def check_chunks(attention, device, seed, dtype, query, context, heads, cut):
+    whole = Batch([query], [context], 4, seed=seed)
+    q, k_cache, v_cache, _, _, table = problem(whole, seed, dtype, device, heads, 16)
+    want, want_lse = attention(q, k_cache, v_cache, *whole.metadata(device))
+    for first, last in ((0, cut), (cut, query)):
+        starts, lens = (torch.tensor(x, dtype=torch.int32, device=device) for x in ([0, last - first], [context + last]))
+        got, lse = attention(q[first:last].clone(), k_cache, v_cache, starts, lens, table)
+        assert_same(got, want[first:last])
+        assert_same(lse, want_lse[first:last])
+
+
 @given(seeds, dtypes, st.integers(2, 40), st.integers(0, 40), heads, st.data())
 def test_chunked_prefill_equals_whole(device, seed, dtype, query, context, heads, data):
     """And so append equals recompute: the last chunk may be one decoded token."""
-    whole = Batch([query], [context], 4, seed=seed)
-    q, k_cache, v_cache, _, _, table = problem(whole, seed, dtype, device, heads, 16)
-    want, want_lse = room.attention(q, k_cache, v_cache, *whole.metadata(device))
-    cut = data.draw(st.integers(1, query - 1))
-    for first, last in ((0, cut), (cut, query)):
-        starts, lens = (torch.tensor(x, dtype=torch.int32, device=device) for x in ([0, last - first], [context + last]))
-        got, lse = room.attention(q[first:last].clone(), k_cache, v_cache, starts, lens, table)
-        assert_same(got, want[first:last])
-        assert_same(lse, want_lse[first:last])
+    check_chunks(room.attention, device, seed, dtype, query, context, heads, data.draw(st.integers(1, query - 1)))
+
+
+def restarts_positions(q, k_cache, v_cache, starts, lens, table):
+    return room.attention(q, k_cache, v_cache, starts, starts.diff(), table)
+
+
+def sees_its_chunk(q, *rest):
+    return [t + 2**-20 * len(q) for t in room.attention(q, *rest)]
+
+
+@pytest.mark.parametrize("broken", [restarts_positions, sees_its_chunk])
+def test_control_what_sees_its_chunk_is_caught(device, broken):
+    with pytest.raises(AssertionError, match="elements differ"):
+        check_chunks(broken, device, 0, torch.float32, 9, 0, (4, 2), 5)
 
 
 @given(seeds, dtypes, st.sampled_from([2, 3, 4]), batches(max_requests=3))
@@ -117,21 +198,49 @@ def test_repeated_keys_equal_grouped_heads(device, seed, dtype, group, batch):
     assert_close(got, twin.attention(*(t.double() for t in arguments[:3]), *arguments[3:])[0], twin.attention(*arguments)[0])
 
 
-@given(seeds, dtypes, batches(max_requests=3, empty=False), st.data())
-def test_bad_data_stays_in_its_row(device, seed, dtype, batch, data):
+def check_bad_data(attention, device, seed, dtype, batch, victim, length=None, page=None):
+    """The request `victim` gets this length, or this page as its first: its rows are NaN, and no other bit changes."""
     arguments = problem(batch, seed, dtype, device, (4, 2), 16)
     want = room.attention(*arguments)
     starts, lens, table = arguments[3:]
-    victim = data.draw(st.sampled_from([r for r in range(batch.R) if batch.query_lens[r]]))
-    if data.draw(st.booleans()):
-        lens[victim] = data.draw(st.one_of(st.integers(-2**31, -1), st.integers(batch.W * batch.page_size + 1, 2**31 - 1)))
+    if page is None:
+        lens[victim] = length
     else:
-        table[victim, 0] = data.draw(st.one_of(st.integers(-2**31, -1), st.integers(batch.N, 2**31 - 1)))
+        table[victim, 0] = page
     mine = torch.zeros(batch.T, dtype=torch.bool, device=device)
     mine[starts[victim]:starts[victim + 1]] = True
-    for got, clean in zip(room.attention(*arguments), want, strict=True):
+    for got, clean in zip(attention(*arguments), want, strict=True):
         assert got[mine].isnan().all()
         assert_same(got[~mine], clean[~mine])
+
+
+@given(seeds, dtypes, batches(max_requests=3, empty=False), st.booleans(), st.data())
+def test_bad_data_stays_in_its_row(device, seed, dtype, batch, is_length, data):
+    victim = data.draw(st.sampled_from([r for r in range(batch.R) if batch.query_lens[r]]))
+    past = batch.W * batch.page_size + 1 if is_length else batch.N
+    bad = data.draw(st.one_of(st.integers(-2**31, -1), st.integers(past, 2**31 - 1)))
+    check_bad_data(room.attention, device, seed, dtype, batch, victim, **{"length" if is_length else "page": bad})
+
+
+def clamps_lengths(q, k_cache, v_cache, starts, lens, table):
+    return room.attention(q, k_cache, v_cache, starts, lens.clamp(max=table.shape[1] * k_cache.shape[1]), table)
+
+
+def clamps_pages(q, k_cache, v_cache, starts, lens, table):
+    return room.attention(q, k_cache, v_cache, starts, lens, table.clamp(0, k_cache.shape[0] - 1))
+
+
+def spills_to_the_next_row(*arguments):
+    return [torch.where(t.isnan().roll(1, 0), float("nan"), t) for t in room.attention(*arguments)]
+
+
+@pytest.mark.parametrize("broken, bad", [(clamps_lengths, dict(length=2**31 - 1)), (clamps_pages, dict(page=-7)),
+                                         (spills_to_the_next_row, dict(length=-1)), (spills_to_the_next_row, dict(page=2**31 - 1))])
+def test_control_what_spreads_or_hides_bad_data_is_caught(device, broken, bad):
+    batch = Batch([2, 3], [9, 4], 4)
+    check_bad_data(room.attention, device, 0, torch.float16, batch, 0, **bad)
+    with pytest.raises(AssertionError):
+        check_bad_data(broken, device, 0, torch.float16, batch, 0, **bad)
 
 
 @given(seeds, dtypes, batches())
@@ -161,12 +270,55 @@ def test_control_a_key_too_many_is_seen(device):
         assert_close(room.attention(*longer)[0], want, twin.attention(*arguments)[0])
 
 
-def test_control_unmasked_values_leak(device):
-    """Negative control of the poison: a twin that reads dead slots does change."""
-    batch = Batch([1], [5], 16)
-    q, k_cache, v_cache, starts, lens, table = problem(batch, 0, torch.float32, device, (2, 1), 16, poison=float("nan"))
-    with pytest.raises(AssertionError):
-        assert_same(room.attention(q, k_cache, v_cache, starts, lens + 4, table)[0], room.attention(q, k_cache, v_cache, starts, lens, table)[0])
+FAR_DIMS = [("q", 0), ("q", 1), ("k_cache", 0), ("k_cache", 1), ("k_cache", 2), ("v_cache", 0), ("v_cache", 1), ("v_cache", 2)]
+
+
+def check_far(attention, device, name, dim):
+    """The same bits from a tensor whose last token, head, page or slot lies past element 2^31."""
+    batch = Batch([3, 1], [20, 7], 9)
+    arguments = dict(zip(NAMES, problem(batch, 0, torch.float16, device, (6, 3), 16), strict=True))
+    want = room.attention(**arguments)
+    for got, near in zip(attention(**arguments | {name: far(arguments[name], dim)}), want, strict=True):
+        assert_same(got, near)
+
+
+@pytest.mark.parametrize("name, dim", FAR_DIMS)
+def test_strides_pass_32_bits(device, name, dim):
+    check_far(room.attention, device, name, dim)
+
+
+@pytest.mark.parametrize("name, dim", FAR_DIMS)
+def test_control_another_place_past_32_bits_is_caught(device, name, dim):
+    def broken(**arguments):
+        arguments[name].select(dim, -1).copy_(arguments[name].select(dim, 0))
+        return room.attention(**arguments)
+
+    with pytest.raises(AssertionError, match="elements differ"):
+        check_far(broken, device, name, dim)
+
+
+def check_last_page(attention, device):
+    """2^31 elements and two pages more, of which only the last page is ever touched."""
+    N, P, K, D = 2**17 + 2, 16, 8, 128
+    q, *near = (randn(i, *shape, dtype=torch.float16, device=device) for i, shape in enumerate([(1, K, D), (1, P, K, D), (1, P, K, D)]))
+    starts, lens, table = (torch.tensor(x, dtype=torch.int32, device=device) for x in ([0, 1], [P], [[0]]))
+    caches = []
+    for page in near:
+        memory = torch.UntypedStorage(N * page.numel() * page.itemsize, device=page.device)
+        caches.append(torch.empty(0, dtype=page.dtype, device=device).set_(memory, 0, (N, P, K, D), page.stride()))
+        caches[-1][-1] = page[0]
+    want = room.attention(q, *near, starts, lens, table)
+    for got, clean in zip(attention(q, *caches, starts, lens, table + N - 1), want, strict=True):
+        assert_same(got, clean)
+
+
+def test_offsets_pass_32_bits(device):
+    check_last_page(room.attention, device)
+
+
+def test_control_a_wrapped_page_is_caught(device):
+    with pytest.raises(AssertionError, match="elements differ"):
+        check_last_page(lambda *arguments: room.attention(*arguments[:5], arguments[5] % 2**17), device)
 
 
 @pytest.mark.parametrize("change, error, words", [
@@ -178,8 +330,7 @@ def test_control_unmasked_values_leak(device):
 ])
 def test_misuse_is_named(device, change, error, words):
     batch = Batch([2, 1], [0, 3], 4)
-    names = ("q", "k_cache", "v_cache", "query_start_loc", "seq_lens", "block_table")
-    arguments = dict(zip(names, problem(batch, 0, torch.float32, device, (4, 2), 16), strict=True))
+    arguments = dict(zip(NAMES, problem(batch, 0, torch.float32, device, (4, 2), 16), strict=True))
     arguments["k_cache"], arguments["v_cache"] = (torch.zeros(4, 4, 2, 16, device=device) for _ in range(2))
     with pytest.raises(error, match=words):
         room.attention(**arguments | {k: v.to(device) for k, v in change.items()})

@@ -253,7 +253,7 @@ def test_doctor_of_this_machine(capsys):
 
 
 @pytest.mark.parametrize("lacking, mends", [
-    (["torch"], ["torch==2.13.0"]), (["torch", "triton"], ["torch==2.13.0", "triton==3.6.0"]),
+    (["torch"], ["torch==2.11.0"]), (["torch", "triton"], ["torch==2.11.0", "triton==3.6.0"]),
     (["safetensors"], ["pip install safetensors"])])
 def test_doctor_reports_missing_packages(lacking, mends, tmp_path):
     for name in lacking:

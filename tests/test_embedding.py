@@ -68,10 +68,25 @@ def test_copies_every_bit_and_reads_no_other_row(device, seed, dtype, poison):
     assert_same(got, weight[[3, 2, 3]])
 
 
-@given(seeds, dtypes, st.permutations(range(5)))
-def test_row_order_changes_no_bit(device, seed, dtype, order):
+def check_rows_keep_their_bits(op, device, seed, dtype, order):
+    """Each row alone equals the row in any place among any others."""
     weight, ids = randn(seed, 7, 40, dtype=dtype, device=device), draw_ids(seed, 5, 7, torch.int32).to(device)
-    assert_same(room.embedding(ids[order], weight), room.embedding(ids, weight)[order])
+    assert_same(op(ids[order], weight), torch.cat([op(id[None].clone(), weight) for id in ids])[order])
+
+
+@given(seeds, dtypes, st.permutations(range(5)))
+def test_rows_keep_their_bits(device, seed, dtype, order):
+    check_rows_keep_their_bits(room.embedding, device, seed, dtype, order)
+
+
+@pytest.mark.parametrize("broken", [
+    lambda ids, weight: room.embedding(ids, weight) + 2**-20 * len(ids),
+    lambda ids, weight: room.embedding(ids.sort().values, weight),
+    lambda ids, weight: room.embedding(ids.clamp(max=6), weight).masked_fill(((ids < 0) | (ids > 6)).any(), float("nan")),
+], ids=["sees the batch", "ids in order", "one unknown id spoils all"])
+def test_a_look_up_that_sees_the_batch_is_caught(device, broken):
+    with pytest.raises(AssertionError, match="elements differ"):
+        check_rows_keep_their_bits(broken, device, 3, torch.float32, [3, 0, 4, 1, 2])
 
 
 def test_offsets_pass_32_bits(device):

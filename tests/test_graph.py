@@ -1,12 +1,14 @@
 """The captured step on a GPU: one graph, any mix. Outputs are poisoned and inputs changed before every replay."""
 
 import gc
-from contextlib import contextmanager
+from collections import Counter
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 
 import pytest
 import torch
 import triton
+import triton.language as tl
 
 from gkernels.graph import Buckets, GraphRunner
 from gkernels.model.cache import PagedCache
@@ -15,6 +17,7 @@ from gkernels.model.llama import Llama
 from gkernels.model.load import random_weights
 from gkernels.model.step import Row, Step
 from tests.close import assert_same
+from tests.launches import tensors_in
 
 pytestmark = pytest.mark.gpu
 T, R, PAGE, PAGES, MAX_LEN = 160, 24, 16, 400, 512
@@ -74,43 +77,62 @@ def random_rows(seed):
     return rows
 
 
-def poison(step, outputs):
-    """NaN and junk over every output, and junk into what lies past the live values of the static inputs."""
+def poison(step, outputs, bucket=T):
+    """NaN and junk over every output, and junk over the whole plan, which the schedule must fill again."""
     outputs.fill_(float("nan"))
-    step.results.fill_(-77)
-    for t in (step.plan(T).positions, step.plan(T).slot_mapping, step.plan(T).items):
+    for t in (*tensors_in(step.plan(bucket)), step.results):
         t.fill_(-123456)
 
 
+def check_replay(step, outputs, replay, eager, rows):
+    """A replay and an eager step, each over poison and from the same cache: the same bits, pads in their places, live rows alive."""
+    tokens, plan, n = step.stage(rows), step.plan(T), len(rows)
+    keys, values = step.cache.keys.clone(), step.cache.values.clone()
+    poison(step, outputs)
+    written = (step.results, step.cache.keys, step.cache.values, *tensors_in(plan))
+    after = [t.clone() for t in (replay(), *written)]
+    step.cache.keys.copy_(keys)
+    step.cache.values.copy_(values)
+    poison(step, outputs)
+    logits = eager()
+    for got, want in zip(after, (logits, *written), strict=True):
+        assert_same(got, want)
+    assert plan.num_tokens.item() == tokens and not plan.positions[tokens:].any()
+    assert (plan.slot_mapping[tokens:] == -1).all() and (plan.token_to_request[tokens:] == -1).all()
+    assert not step.results[1, :n].any() and (step.results[0, :n] >= 0).all() and (step.results[0, n:R] == -1).all()
+    assert logits[:n].isfinite().all() and logits[:n].any(1).all(), "a live row's logits are all zero"
+    assert not logits[n:].any()
+
+
 def test_one_graph_equals_eager_over_a_thousand_random_batches(step, runner):
-    outputs, keys, values = runner.graphs[T].outputs, step.cache.keys.clone(), step.cache.values.clone()
-    mixes = set()
+    keys, values, mixes = step.cache.keys.clone(), step.cache.values.clone(), set()
     for seed in range(1000):
         rows = random_rows(seed)
         mixes.add(tuple((len(row.token_ids), row.seq_len) for row in rows))
-        step.stage(rows)
-        poison(step, outputs)
-        got = runner.replay(T)
-        tokens, logits, cache = step.results.clone(), got.clone(), (step.cache.keys.clone(), step.cache.values.clone())
-        step.cache.keys.copy_(keys)
-        step.cache.values.copy_(values)
-        poison(step, outputs)
-        want = step(T)
-        assert_same(logits, want)
-        assert_same(tokens, step.results)
-        assert_same(cache[0], step.cache.keys)
-        assert_same(cache[1], step.cache.values)
-        assert not step.results[1, :len(rows)].any() and (step.results[0, :len(rows)] >= 0).all()
-        assert (step.results[0, len(rows):R] == -1).all() and not logits[len(rows):].any()
+        check_replay(step, runner.graphs[T].outputs, lambda: runner.replay(T), lambda: step(T), rows)
         step.cache.keys.copy_(keys)
         step.cache.values.copy_(values)
     assert len(mixes) > 900 and max(map(len, mixes)) > R // 2
 
 
+def test_control_a_replay_that_does_nothing_is_seen(step, runner):
+    outputs = runner.graphs[T].outputs
+    check_replay(step, outputs, lambda: runner.replay(T), lambda: step(T), random_rows(1))
+    with pytest.raises(AssertionError, match="elements differ"):
+        check_replay(step, outputs, lambda: outputs, lambda: step(T), random_rows(1))
+
+
+def test_control_kernels_that_write_zeros_are_seen(step, runner):
+    with pytest.raises(AssertionError, match="a live row's logits are all zero"):
+        check_replay(step, runner.graphs[T].outputs, lambda: runner.replay(T).zero_(), lambda: step(T).zero_(), random_rows(1))
+
+
 def test_order_a_b_a_with_churn(step, runner):
     """The same batch again, after another one, allocator churn and a collection: the same bits; another batch: others."""
-    seen = []
+    keys, values, seen = step.cache.keys.clone(), step.cache.values.clone(), []
     for seed in (1, 2, 1):
+        step.cache.keys.copy_(keys)                                    # batches share pages
+        step.cache.values.copy_(values)
         step.stage(random_rows(seed))
         poison(step, runner.graphs[T].outputs)
         seen.append((runner.replay(T).clone(), step.results.clone()))
@@ -131,7 +153,7 @@ def test_every_bucket_gives_the_same_bits(step):
     results = []
     for bucket in runner.buckets:
         step.stage(rows)
-        poison(step, runner.graphs[bucket].outputs)
+        poison(step, runner.graphs[bucket].outputs, bucket)
         results.append((runner.replay(bucket)[:3].clone(), step.results[:, :3].clone()))
     for logits, tokens in results[1:]:
         assert_same(logits, results[0][0])
@@ -139,31 +161,78 @@ def test_every_bucket_gives_the_same_bits(step):
     assert "nodes" in runner.report() and all(c.nodes > 20 for c in runner.graphs.values())
 
 
-def test_quiet_after_warm_up(step, runner, monkeypatch):
-    """No synchronisation, no allocation and no compilation between staging and reading."""
-    def refuse(**kwargs):
-        raise AssertionError(f"compiled after warm-up: {kwargs.get('repr')}")
-    monkeypatch.setattr(triton.knobs.runtime, "jit_post_compile_hook", refuse)
+def refuse_to_compile(**kwargs):
+    raise AssertionError(f"compiled after warm-up: {kwargs.get('repr')}")
+
+
+@contextmanager
+def traps():
+    """RuntimeError where torch waits for the device by itself, AssertionError for a compilation and, at the end, for an allocation.
+    Yields a Counter of the waits that are asked for by name, which torch's trap lets through."""
+    stats = lambda: {k: v for k, v in torch.cuda.memory_stats().items() if k.endswith(".allocated")}
+    waits = Counter()
+
+    def counted(name, wait):
+        def call(*args, **kwargs):
+            waits[name] += 1
+            return wait(*args, **kwargs)
+        return call
+
+    torch.cuda.synchronize()
+    before = stats()
+    with pytest.MonkeyPatch.context() as patches:
+        patches.setattr(triton.knobs.runtime, "jit_post_compile_hook", refuse_to_compile)
+        patches.setattr(torch.cuda.Event, "synchronize", counted("event", torch.cuda.Event.synchronize))
+        patches.setattr(torch.cuda.Stream, "synchronize", counted("stream", torch.cuda.Stream.synchronize))
+        patches.setattr(torch.cuda, "synchronize", counted("device", torch.cuda.synchronize))
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            yield waits
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert stats() == before, "allocated after warm-up"
+
+
+def test_quiet_after_warm_up(step, runner):
+    """Staging and replaying 50 batches compiles nothing, allocates no device memory, and waits for the device once a batch: in
+    StaticBuffers.wait, for the last upload to leave the pinned block that the next batch is written into."""
     rows = [random_rows(seed) for seed in range(50)]
     step.stage(rows[0])
     runner.replay(T)
-    torch.cuda.synchronize()
-    stats = lambda: {k: v for k, v in torch.cuda.memory_stats().items() if k.endswith(".allocated")}
-    before = stats()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with traps() as waits:
         for batch in rows:
             step.stage(batch)
             runner.replay(T)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    assert stats() == before
+    assert waits == {"event": len(rows)}
+
+
+@triton.jit
+def _fill_kernel(out_ptr, BLOCK: tl.constexpr):    # [BLOCK]
+    tl.store(out_ptr + tl.arange(0, BLOCK), 1.0)
+
+
+def test_control_the_traps_catch_a_read_an_allocation_and_a_compilation(step):
+    out = torch.zeros(256, device="cuda")
+    _fill_kernel[(1,)](out, BLOCK=128)
+    with traps():
+        _fill_kernel[(1,)](out, BLOCK=128)
+    with pytest.raises(RuntimeError, match="synchronizing"), traps():
+        step.results[0, 0].item()
+    with pytest.raises(AssertionError, match="allocated after warm-up"), traps():
+        torch.empty(1000, device="cuda")
+    with pytest.raises(AssertionError, match="compiled after warm-up"), traps():
+        _fill_kernel[(1,)](out, BLOCK=256)
+
+
+def test_control_the_traps_count_every_wait(step):
+    for name, wait in dict(event=step.buffers._uploaded, stream=torch.cuda.current_stream(), device=torch.cuda).items():
+        with suppress(RuntimeError), traps() as waits:                 # torch's own trap may see it too
+            wait.synchronize()
+        assert waits == {name: 1}
 
 
 def test_eager_steps_compile_nothing_new_for_other_batches(step, runner, monkeypatch):
-    def refuse(**kwargs):
-        raise AssertionError(f"compiled after warm-up: {kwargs.get('repr')}")
-    monkeypatch.setattr(triton.knobs.runtime, "jit_post_compile_hook", refuse)
+    monkeypatch.setattr(triton.knobs.runtime, "jit_post_compile_hook", refuse_to_compile)
     for seed in range(20):
         step.stage(random_rows(seed))
         step(T)
@@ -198,18 +267,18 @@ def test_a_failed_capture_leaves_all_usable(step):
 
 
 def test_control_a_host_decision_in_the_graph_is_seen(step, runner):
-    """Negative control: a step that reads its row count on the host is frozen at capture, and the comparison sees it."""
+    """Negative control: a step that multiplies by the row count, which it reads on the host, is frozen at capture; other counts show it."""
     def frozen(bucket):
         step(bucket)
-        return step.results[:, :frozen.rows] * 1
+        return step.results * int((step.buffers._host["seq_lens"] > 0).sum())
 
-    frozen.rows = 2
-    captured = GraphRunner(frozen, Buckets([T]), "cuda")
+    captured, batch = GraphRunner(frozen, Buckets([T]), "cuda"), lambda n: [Row([5], 1, [1 + i]) for i in range(n)]
+    step.stage(batch(2))
     with eager_memory():
         captured.capture(progress=False)
-    frozen.rows = 3
-    step.stage(random_rows(3))
-    with pytest.raises(AssertionError):
+    assert_same(captured.replay(T).clone(), frozen(T))
+    step.stage(batch(3))
+    with pytest.raises(AssertionError, match="elements differ"):
         assert_same(captured.replay(T).clone(), frozen(T))
 
 

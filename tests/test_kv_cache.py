@@ -66,15 +66,31 @@ def test_broken_writes_are_caught(device, broken):
         check_equals_reference(broken, device, 3, torch.float32, torch.float32, 7, 3, (2, 16), "NHD", 6e4)
 
 
-@given(seeds, st.permutations(range(5)))
-def test_row_order_changes_no_bit(device, seed, order):
+def check_rows_keep_their_bits(write, device, seed, order):
+    """Rows in any order write what they write one by one."""
     k, v, slot_mapping = randn(seed, 5, 2, 16, device=device), randn(seed + 1, 5, 2, 16, device=device), slots(seed, 5, 4, 3).to(device)
     caches = []
-    for rows in (list(range(5)), order):
+    for calls in ([[t] for t in range(5)], [order]):
         k_cache, v_cache, buffers = build("split", 4, 3, 2, 16, 16, torch.float32, device, 0.0)
-        room.kv_write(k[rows], v[rows], k_cache, v_cache, slot_mapping[rows])
+        for rows in calls:
+            write(k[rows], v[rows], k_cache, v_cache, slot_mapping[rows])
         caches.append(buffers[0])
     assert_same(*caches)
+
+
+@given(seeds, st.permutations(range(5)))
+def test_rows_keep_their_bits(device, seed, order):
+    check_rows_keep_their_bits(room.kv_write, device, seed, order)
+
+
+@pytest.mark.parametrize("broken", [
+    lambda k, v, k_cache, v_cache, slots: room.kv_write(k, v, k_cache, v_cache, slots.sort().values),
+    lambda k, v, k_cache, v_cache, slots: room.kv_write(k + 1e-6 * k.mean(), v, k_cache, v_cache, slots),
+], ids=["slots in order of their number", "keys that see the batch"])
+def test_a_write_that_sees_the_batch_is_caught(device, broken):
+    check_rows_keep_their_bits(room.kv_write, device, 0, [3, 0, 4, 1, 2])
+    with pytest.raises(AssertionError, match="elements differ"):
+        check_rows_keep_their_bits(broken, device, 0, [3, 0, 4, 1, 2])
 
 
 def test_many_heads_take_several_tiles(device):

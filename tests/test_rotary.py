@@ -9,7 +9,7 @@ import reference.rotary as twin
 from gkernels.kernels import kv_cache
 from gkernels.kernels import rotary as room
 from tests.close import assert_close, assert_same
-from tests.strategies import counter, dtypes, poisons, randn, seeds
+from tests.strategies import counter, dtypes, far, poisons, randn, seeds
 
 SCALINGS = {
     "none": None,
@@ -263,19 +263,70 @@ def test_rotary_pads_are_zero_and_leak_nothing(device, seed, dtype, shape, live,
         assert_same(got[live:], torch.zeros_like(got[live:]))
 
 
-@given(seeds, dtypes, shapes, st.permutations(range(4)))
-def test_row_order_changes_no_bit(device, seed, dtype, shape, order):
+def check_rows_keep_their_bits(fused, device, seed, dtype, shape, order):
+    """Rows in any order give what they give one by one."""
     q, k, v, positions, cos_sin = draw(seed, shape, 4, dtype, device)
     weight, slot_mapping = randn(seed, shape[2], dtype=dtype, device=device), slots(seed, 4, device)
     results = []
-    for rows in (list(range(4)), order):
+    for calls in ([[t] for t in range(4)], [order]):
         q_out, (k_cache, v_cache) = q.new_empty(q.shape), caches(shape, dtype, device)
-        room.rotary_kv_write(q[rows], k[rows], v[rows], positions[rows], cos_sin, slot_mapping[rows], k_cache, v_cache, q_out, False,
-                             weight, weight)
+        for rows in calls:
+            mine = q.new_empty(q[rows].shape)
+            fused(q[rows], k[rows], v[rows], positions[rows], cos_sin, slot_mapping[rows], k_cache, v_cache, mine, False, weight, weight)
+            q_out[rows] = mine
         results.append((q_out, k_cache, v_cache))
-    assert_same(results[1][0], results[0][0][order])
-    assert_same(results[1][1], results[0][1])
-    assert_same(results[1][2], results[0][2])
+    for got, want in zip(*results, strict=True):
+        assert_same(got, want)
+
+
+@given(seeds, dtypes, shapes, st.permutations(range(4)))
+def test_rows_keep_their_bits(device, seed, dtype, shape, order):
+    check_rows_keep_their_bits(room.rotary_kv_write, device, seed, dtype, shape, order)
+
+
+@pytest.mark.parametrize("broken", [
+    lambda q, *call: room.rotary_kv_write(q + 1e-6 * q.mean(), *call),
+    lambda q, k, v, *call: room.rotary_kv_write(q, k, v + 1e-6 * v.mean(), *call),
+    lambda q, k, v, positions, *call: room.rotary_kv_write(q, k, v, positions.sort().values, *call),
+], ids=["queries that see the batch", "values that see the batch", "positions in order"])
+def test_a_fusion_that_sees_the_batch_is_caught(device, broken):
+    with pytest.raises(AssertionError, match="elements differ"):
+        check_rows_keep_their_bits(broken, device, 1, torch.float32, (4, 2, 16), [3, 0, 2, 1])
+
+
+FAR_DIMS = [("q", 0), ("q", 1), ("k", 0), ("k", 1), ("v", 0), ("v", 1), ("q_out", 0), ("q_out", 1),
+            ("k_cache", 0), ("k_cache", 1), ("k_cache", 2), ("v_cache", 0), ("v_cache", 1), ("v_cache", 2)]
+
+
+def check_far(fused, device, name, dim):
+    """The same bits where the last token, head, page or slot of one tensor lies past element 2^31."""
+    q, k, v, _, cos_sin = draw(0, (6, 3, 16), 3, torch.float16, device)
+    near = {key: t.contiguous() for key, t in zip("qkv", (q, k, v), strict=True)} | dict(q_out=torch.zeros(3, 6, 16, dtype=q.dtype, device=device))
+    near["k_cache"], near["v_cache"] = caches((6, 3, 16), q.dtype, device)
+    distant = {key: far(t, dim) if key == name else t.clone() for key, t in near.items()}
+    rest = dict(positions=torch.tensor([2, 0, 39], dtype=torch.int32, device=device), cos_sin=cos_sin,
+                slot_mapping=torch.tensor([0, 6, 11], device=device))
+    room.rotary_kv_write(**near, **rest)
+    fused(**distant, **rest)
+    for key in ("q_out", "k_cache", "v_cache"):
+        assert_same(distant[key], near[key])
+
+
+@pytest.mark.parametrize("name, dim", FAR_DIMS)
+def test_strides_pass_32_bits(device, name, dim):
+    check_far(room.rotary_kv_write, device, name, dim)
+
+
+@pytest.mark.parametrize("name, dim", FAR_DIMS)
+def test_another_place_past_32_bits_is_caught(device, name, dim):
+    def broken(**arguments):
+        wrap = lambda: arguments[name].select(dim, -1).copy_(arguments[name].select(dim, 0))
+        wrap()
+        room.rotary_kv_write(**arguments)
+        wrap()
+
+    with pytest.raises(AssertionError, match="elements differ"):
+        check_far(broken, device, name, dim)
 
 
 def test_fused_in_place_and_any_cache(device):

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import reference.sampling as twin
 from gkernels.kernels import sampling as room
 from tests.close import assert_close, assert_same
-from tests.strategies import dtypes, poisons, randn, seeds, strided
+from tests.strategies import dtypes, far, poisons, randn, seeds, strided
 
 INF, NAN = float("inf"), float("nan")
 NEAR = 1e-5               # a float32 score or mass is off by a few 2^-22: where the twin decides by less, either answer is right
@@ -302,6 +302,28 @@ def test_distribution_of_a_million_draws(device, V):
     assert chi_square(tokens, probabilities) < CHI_SQUARE_BOUND
     biased = torch.cat([draws(room.sample, logits, 50_000, seed=i, temperature=1.02) for i in range(20)])
     assert chi_square(biased, probabilities) > CHI_SQUARE_BOUND
+
+
+def check_far(sample, device):
+    logits = randn(0, 3, 100, dtype=torch.float16, device=device)
+    logits[range(3), [7, 70, 99]] = 40.0
+    for temperature in (0.0, 1.0):
+        options = dict(temperature=temperature, top_k=20, position=range(3))
+        assert_same(sample(**batch(far(logits, 0), **options)), room.sample(**batch(logits, **options)))
+
+
+def test_offsets_pass_32_bits(device):
+    """Three rows, of which the last begins past element 2^31."""
+    check_far(room.sample, device)
+
+
+def test_another_row_past_32_bits_is_caught(device):
+    def broken(logits, **options):
+        logits[-1] = logits[0].clone()
+        return room.sample(logits, **options)
+
+    with pytest.raises(AssertionError, match="elements differ"):
+        check_far(broken, device)
 
 
 def test_no_rows(device):

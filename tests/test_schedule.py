@@ -14,9 +14,17 @@ FIELDS = ("positions", "slot_mapping", "token_to_request", "last_token", "num_to
 block_qs = st.sampled_from([1, 2, 4, 16])
 
 
-def check(query_start_loc, seq_lens, block_table, page_size, num_pages, T, block_q):
-    arguments = query_start_loc, seq_lens, block_table, page_size, num_pages, T, block_q
-    got, want = room.schedule(*arguments), twin.schedule(*arguments)
+def run(schedule_out, query_start_loc, seq_lens, block_table, page_size, num_pages, T, block_q):
+    """The schedule in buffers that held junk: what the device does not fill shows."""
+    out = room.Schedule.allocate(T, len(seq_lens), block_q, seq_lens.device)
+    for field in (*FIELDS, "items"):
+        getattr(out, field).fill_(-123)
+    schedule_out(query_start_loc, seq_lens, block_table, page_size, num_pages, block_q, out)
+    return out
+
+
+def check_equals_reference(schedule_out, *arguments):
+    got, want = run(schedule_out, *arguments), twin.schedule(*arguments)
     for field in FIELDS:
         assert_same(getattr(got, field), getattr(want, field))
     assert [tuple(item) for item in got.items[:len(want.items)].tolist()] == want.items
@@ -25,13 +33,57 @@ def check(query_start_loc, seq_lens, block_table, page_size, num_pages, T, block
 
 @given(batches(), block_qs)
 def test_equals_reference(device, batch, block_q):
-    got = check(*batch.metadata(device), batch.page_size, batch.N, batch.T, block_q)
+    got = check_equals_reference(room.schedule_out, *batch.metadata(device), batch.page_size, batch.N, batch.T, block_q)
     assert not got.status.any() and got.num_tokens.item() == batch.num_tokens
 
 
-@given(batches(), block_qs)
-def test_every_row_is_in_one_item_and_the_heaviest_come_first(device, batch, block_q):
-    got = room.schedule(*batch.metadata(device), batch.page_size, batch.N, batch.T, block_q)
+def breaks(change):
+    """schedule_out, and then `change` of what it wrote: the broken variants of the controls below."""
+    def broken(*arguments):
+        room.schedule_out(*arguments)
+        change(arguments[-1])
+    return broken
+
+
+def loses_an_item(out):
+    n = out.num_items.item()
+    out.items[1:n - 1] = out.items[2:n].clone()
+    out.num_items.sub_(1)
+
+
+def doubles_an_item(out):
+    out.items[1:] = out.items[:-1].clone()
+    out.num_items.add_(1)
+
+
+def exchanges_items(out):
+    out.items[:2] = out.items[:2].flip(0)
+
+
+@pytest.mark.parametrize("change", [
+    lambda out: out.positions[:4].add_(1),
+    lambda out: out.slot_mapping[:4].add_(1),
+    lambda out: out.last_token.add_(1),
+    lambda out: out.positions[4:].fill_(-123),
+    lambda out: out.slot_mapping[4:].fill_(-123),
+    lambda out: out.token_to_request[4:].fill_(-123),
+    lambda out: out.last_token[2:].fill_(-123),
+    lambda out: out.status[2:].fill_(-123),
+    lambda out: out.items[out.num_items.item() - 1].fill_(-123),
+    loses_an_item, doubles_an_item, exchanges_items,
+], ids=["positions off by one", "slots off by one", "last tokens off by one", "positions of pads", "slots of pads", "requests of pads",
+        "last tokens of spare requests", "status of spare requests", "items of pads", "an item lost", "an item doubled", "items exchanged"])
+def test_broken_schedules_are_caught(device, change):
+    batch = Batch([3, 1], [5, 9], 4, pads=2, spare_requests=1)
+    arguments = *batch.metadata(device), batch.page_size, batch.N, batch.T, 2
+    check_equals_reference(room.schedule_out, *arguments)
+    with pytest.raises(AssertionError):
+        check_equals_reference(breaks(change), *arguments)
+
+
+def check_items(schedule_out, device, batch, block_q):
+    """Every row is in one item, and the heaviest come first."""
+    got = run(schedule_out, *batch.metadata(device), batch.page_size, batch.N, batch.T, block_q)
     items = got.items[:got.num_items.item()].tolist()
     assert sorted(t for _, token, rows, _ in items for t in range(token, token + rows)) == list(range(batch.T))
     assert all(1 <= rows <= block_q for _, _, rows, _ in items)
@@ -40,27 +92,73 @@ def test_every_row_is_in_one_item_and_the_heaviest_come_first(device, batch, blo
     assert len(items) <= room.max_items(batch.T, batch.R, block_q)
 
 
-@given(batches(), block_qs, st.data())
-def test_junk_stays_in_its_row(device, batch, block_q, data):
+@given(batches(), block_qs)
+def test_every_row_is_in_one_item_and_the_heaviest_come_first(device, batch, block_q):
+    check_items(room.schedule_out, device, batch, block_q)
+
+
+@pytest.mark.parametrize("change", [loses_an_item, doubles_an_item, exchanges_items])
+def test_broken_work_lists_are_caught(device, change):
+    with pytest.raises(AssertionError):
+        check_items(breaks(change), device, Batch([1, 3], [9, 5], 4, pads=2, spare_requests=1), 2)
+
+
+def check_junk(schedule_out, device, batch, block_q, victim, length=None, page=None):
+    """The request `victim` gets this length, or (index, page) in its row of the table: it is flagged, and no other request changes."""
     query_start_loc, seq_lens, block_table = batch.metadata(device)
-    live = [r for r in range(batch.R) if batch.query_lens[r]]
-    if not live:
-        return
-    victim = data.draw(st.sampled_from(live))
-    want = room.schedule(query_start_loc, seq_lens, block_table, batch.page_size, batch.N, batch.T, block_q)
-    if data.draw(st.booleans()):
-        seq_lens[victim] = data.draw(st.one_of(st.integers(-2**31, batch.query_lens[victim] - 1).filter(bool),
-                                               st.integers(batch.W * batch.page_size + 1, 2**31 - 1)))
-        flag = room.BAD_LENGTH
+    arguments = query_start_loc, seq_lens, block_table, batch.page_size, batch.N, batch.T, block_q
+    want = run(room.schedule_out, *arguments)
+    if page is None:
+        seq_lens[victim] = length
     else:
-        block_table[victim, data.draw(st.integers(0, len(batch.pages[victim]) - 1))] = data.draw(
-            st.one_of(st.integers(-2**31, -1), st.integers(batch.N, 2**31 - 1)))
-        flag = room.BAD_PAGE
-    got = check(query_start_loc, seq_lens, block_table, batch.page_size, batch.N, batch.T, block_q)
+        block_table[victim, page[0]] = page[1]
+    got = run(schedule_out, *arguments)
+    flag = room.BAD_LENGTH if page is None else room.BAD_PAGE
     assert got.status.tolist() == [flag if r == victim else 0 for r in range(batch.R)]
     others = want.token_to_request != victim
     assert_same(got.slot_mapping[others], want.slot_mapping[others])
     assert_same(got.positions[others], want.positions[others])
+    return arguments
+
+
+@given(batches(), block_qs, st.booleans(), st.data())
+def test_junk_stays_in_its_row(device, batch, block_q, is_length, data):
+    live = [r for r in range(batch.R) if batch.query_lens[r]]
+    if not live:
+        return
+    victim = data.draw(st.sampled_from(live))
+    if is_length:
+        junk = dict(length=data.draw(st.one_of(st.integers(-2**31, batch.query_lens[victim] - 1).filter(bool),
+                                               st.integers(batch.W * batch.page_size + 1, 2**31 - 1))))
+    else:
+        junk = dict(page=(data.draw(st.integers(0, len(batch.pages[victim]) - 1)),
+                          data.draw(st.one_of(st.integers(-2**31, -1), st.integers(batch.N, 2**31 - 1)))))
+    check_equals_reference(room.schedule_out, *check_junk(room.schedule_out, device, batch, block_q, victim, **junk))
+
+
+def clamps(query_start_loc, seq_lens, block_table, page_size, num_pages, *rest):
+    most = block_table.shape[1] * page_size
+    room.schedule_out(query_start_loc, seq_lens.clamp(0, most), block_table.clamp(0, num_pages - 1), page_size, num_pages, *rest)
+
+
+def flags_the_next_request(out):
+    out.status.copy_(out.status.roll(1))
+
+
+def takes_the_slots_of_the_next_request(out):
+    out.slot_mapping[3] = -1
+
+
+def moves_the_next_request(out):
+    out.positions[3] = 0
+
+
+@pytest.mark.parametrize("junk", [dict(length=2**31 - 1), dict(page=(1, -5))])
+@pytest.mark.parametrize("broken", [clamps, *map(breaks, (flags_the_next_request, takes_the_slots_of_the_next_request, moves_the_next_request))],
+                         ids=["clamps", "flags the next", "takes the next one's slots", "moves the next"])
+def test_spilt_junk_is_caught(device, broken, junk):
+    with pytest.raises(AssertionError):
+        check_junk(broken, device, Batch([3, 1], [5, 9], 4), 2, 0, **junk)
 
 
 @given(st.lists(st.integers(-2**31, 2**31 - 1), min_size=5, max_size=5), st.lists(st.integers(-2**31, 2**31 - 1), min_size=4, max_size=4),
@@ -68,7 +166,7 @@ def test_junk_stays_in_its_row(device, batch, block_q, data):
 def test_any_integers_at_all(device, starts, lens, T, block_q):
     table = torch.randint(-2**31, 2**31 - 1, (4, 3), generator=torch.Generator().manual_seed(T)).to(device, torch.int32)
     metadata = (torch.tensor(x, dtype=torch.int32, device=device) for x in (starts, lens))
-    got = check(*metadata, table, 4, 7, T, block_q)
+    got = check_equals_reference(room.schedule_out, *metadata, table, 4, 7, T, block_q)
     assert ((got.slot_mapping >= -1) & (got.slot_mapping < 28)).all()
     assert ((got.last_token >= -1) & (got.last_token < max(T, 1))).all()
 
@@ -76,13 +174,13 @@ def test_any_integers_at_all(device, starts, lens, T, block_q):
 def test_rows_of_length_zero_with_tokens_are_pads(device):
     """Some engines pad a decode batch with requests of one token and length 0."""
     starts, lens, table = (torch.tensor(x, dtype=torch.int32, device=device) for x in ([0, 1, 2], [5, 0], [[1, 2], [9, 9]]))
-    got = check(starts, lens, table, 4, 3, 2, 4)
+    got = check_equals_reference(room.schedule_out, starts, lens, table, 4, 3, 2, 4)
     assert got.token_to_request.tolist() == [0, -1] and got.slot_mapping.tolist() == [8, -1] and got.status.tolist() == [0, 0]
 
 
 def test_many_requests_and_long_prefill(device):
     batch = Batch([700] + [1] * 70, [3] + list(range(70)), 16, pads=600)
-    check(*batch.metadata(device), batch.page_size, batch.N, batch.T, 4)
+    check_equals_reference(room.schedule_out, *batch.metadata(device), batch.page_size, batch.N, batch.T, 4)
 
 
 @pytest.mark.parametrize("change, error, words", [

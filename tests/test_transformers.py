@@ -1,5 +1,7 @@
 """The engine against LlamaForCausalLM of transformers, on a GPU: the same greedy tokens."""
 
+import os
+
 import pytest
 import torch
 
@@ -8,8 +10,19 @@ from gkernels.model.engine import Engine, Sampling
 from gkernels.model.llama import Llama
 from gkernels.model.load import random_weights, views
 
+try:
+    import transformers
+except ImportError:
+    transformers = None
+
 pytestmark = pytest.mark.gpu
-transformers = pytest.importorskip("transformers", reason="the peer of this test")
+
+
+@pytest.fixture(autouse=True)
+def peer():
+    """Where a GPU is required, so is what its tokens are compared with."""
+    if transformers is None:
+        (pytest.fail if os.environ.get("GKERNELS_REQUIRE_GPU") else pytest.skip)("no transformers here; pip install 'transformers>=5.17'")
 
 
 def hugging_face(config_dict, weights, config, dtype):
