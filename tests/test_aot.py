@@ -12,7 +12,8 @@ from tests.calls import ROOMS
 pytestmark = pytest.mark.aot
 
 HOPPER = "sm_90:float32,float16,bfloat16"
-OTHERS = ["sm_80:bfloat16", "sm_100:bfloat16", "sm_120:bfloat16", "gfx942:bfloat16"]   # all dtypes would take thrice as long
+# fp16 compiles as bf16 does; float32 on sm_80 is left out because attention of G4 D64 spills 16 bytes there
+OTHERS = ["sm_80:bfloat16", "sm_100:float32,bfloat16", "sm_120:float32,bfloat16", "gfx942:float32,bfloat16"]
 SHARED = {"sm_80": 163, "sm_90": 227, "sm_100": 227, "sm_120": 99, "gfx942": 64}   # KiB that one program may have
 
 

@@ -243,15 +243,27 @@ def test_control_what_spreads_or_hides_bad_data_is_caught(device, broken, bad):
         check_bad_data(broken, device, 0, torch.float16, batch, 0, **bad)
 
 
-@given(seeds, dtypes, batches())
-def test_any_cache_layout(device, seed, dtype, batch):
+def check_any_cache_layout(attention, device, seed, dtype, batch):
     """Heads before slots, and K and V as halves of one tensor: vLLM's and Hugging Face's views."""
     q, k_cache, v_cache, *metadata = problem(batch, seed, dtype, device, (4, 2), 16)
     want = room.attention(q, k_cache, v_cache, *metadata)
     joint = torch.cat([k_cache, v_cache], -1).transpose(1, 2).contiguous().transpose(1, 2)
     for views in (joint.split(16, -1), (k_cache.transpose(1, 2).contiguous().transpose(1, 2), v_cache)):
-        for got, clean in zip(room.attention(q, *views, *metadata), want, strict=True):
+        for got, clean in zip(attention(q, *views, *metadata), want, strict=True):
             assert_same(got, clean)
+
+
+@given(seeds, dtypes, batches())
+def test_any_cache_layout(device, seed, dtype, batch):
+    check_any_cache_layout(room.attention, device, seed, dtype, batch)
+
+
+def test_ignored_strides_are_caught(device):
+    def dense(q, k_cache, v_cache, *metadata):
+        return room.attention(q, *(c.as_strided(c.shape, torch.empty(c.shape).stride()) for c in (k_cache, v_cache)), *metadata)
+
+    with pytest.raises(AssertionError, match="elements differ"):
+        check_any_cache_layout(dense, device, 0, torch.float16, Batch([1, 5], [30, 0], 4))
 
 
 def test_no_tokens_at_all(device):

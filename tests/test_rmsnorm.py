@@ -37,20 +37,51 @@ def test_broken_norms_are_caught(device, broken, dtype):
         check_equals_reference(broken, device, 0, dtype, 3, 64, size=2.0**-8)
 
 
-@given(seeds, dtypes, st.integers(1, 4), st.integers(1, 5), st.sampled_from([16, 80, 128]))
-def test_heads_equal_rows(device, seed, dtype, T, H, D):
+def check_heads(rmsnorm, device, seed, dtype, T, H, D):
     qkv, weight = randn(seed, T, (H + 2) * D, dtype=dtype, device=device), randn(seed + 1, D, dtype=dtype, device=device)
     q = qkv[:, :H * D].view(T, H, D)
-    assert_same(room.rmsnorm(q, weight).reshape(T * H, D), room.rmsnorm(q.reshape(T * H, D), weight))
+    assert_same(rmsnorm(q, weight).reshape(T * H, D), room.rmsnorm(q.reshape(T * H, D), weight))
+
+
+@given(seeds, dtypes, st.integers(1, 4), st.integers(1, 5), st.sampled_from([16, 80, 128]))
+def test_heads_equal_rows(device, seed, dtype, T, H, D):
+    check_heads(room.rmsnorm, device, seed, dtype, T, H, D)
+
+
+@pytest.mark.parametrize("broken", [lambda x, w: room.rmsnorm(x.flip(1), w),
+                                    lambda x, w: room.rmsnorm(x.flatten(1), w.repeat(x.shape[1])).view(x.shape)])
+def test_mixed_heads_are_caught(device, broken):
+    with pytest.raises(AssertionError, match="elements differ"):
+        check_heads(broken, device, 0, torch.float32, 2, 3, 16)
+
+
+def check_add(add_rmsnorm, device, seed, dtype, T, D):
+    x, residual, weight = (randn(seed + i, *shape, dtype=dtype, device=device) for i, shape in enumerate([(T, D), (T, D), (D,)]))
+    want_residual = (x.float() + residual.float()).to(dtype)
+    got = add_rmsnorm(x, residual, weight)
+    assert_same(residual, want_residual)
+    assert_same(got, room.rmsnorm(want_residual, weight))
 
 
 @given(seeds, dtypes, st.integers(1, 4), widths)
 def test_add_equals_separate(device, seed, dtype, T, D):
-    x, residual, weight = (randn(seed + i, *shape, dtype=dtype, device=device) for i, shape in enumerate([(T, D), (T, D), (D,)]))
-    want_residual = (x.float() + residual.float()).to(dtype)
-    got = room.add_rmsnorm(x, residual, weight)
-    assert_same(residual, want_residual)
-    assert_same(got, room.rmsnorm(want_residual, weight))
+    check_add(room.add_rmsnorm, device, seed, dtype, T, D)
+
+
+def sum_not_rounded(x, residual, weight):
+    total = x.float() + residual.float()
+    residual.copy_(total)
+    return room.rmsnorm(total, weight.float()).to(x.dtype)
+
+
+def residual_not_written(x, residual, weight):
+    return room.add_rmsnorm(x, residual.clone(), weight)
+
+
+@pytest.mark.parametrize("broken", [sum_not_rounded, residual_not_written])
+def test_a_wrong_sum_is_caught(device, broken):
+    with pytest.raises(AssertionError, match="elements differ"):
+        check_add(broken, device, 0, torch.float16, 4, 1000)
 
 
 def check_pads(rmsnorm, add_rmsnorm, device, seed, dtype, live, pads, D, poison):

@@ -119,34 +119,45 @@ def test_group_of_several_tiles(device):
             check_fused(room.rotary_kv_write, device, 0, torch.float32, shape, 2, 1.0, False, normed)
 
 
-@given(seeds, dtypes, shapes, st.sampled_from([1.0, 0.5]), st.booleans())
-def test_in_place(device, seed, dtype, shape, part, interleaved):
+def check_in_place(rotary_out, device, seed, dtype, shape, part, interleaved):
     q, k, v, positions, cos_sin = draw(seed, shape, 3, dtype, device, part)
     want_q, want_k, v_before = *room.rotary(q, k, positions, cos_sin, interleaved), v.clone()
-    room.rotary_out(q, k, positions, cos_sin, interleaved, q, k)
+    rotary_out(q, k, positions, cos_sin, interleaved, q, k)
     assert_same(q, want_q)
     assert_same(k, want_k)
     assert_same(v, v_before)
 
 
-@given(seeds, dtypes, shapes, st.booleans())
-def test_position_zero_is_identity(device, seed, dtype, shape, interleaved):
+@given(seeds, dtypes, shapes, st.sampled_from([1.0, 0.5]), st.booleans())
+def test_in_place(device, seed, dtype, shape, part, interleaved):
+    check_in_place(room.rotary_out, device, seed, dtype, shape, part, interleaved)
+
+
+def check_position_zero(rotary, device, seed, dtype, shape, interleaved):
     q, k, _, positions, cos_sin = draw(seed, shape, 3, dtype, device, 0.5)
-    got = room.rotary(q, k, torch.zeros_like(positions), cos_sin, interleaved)
+    got = rotary(q, k, torch.zeros_like(positions), cos_sin, interleaved)
     assert_same(got[0], q)
     assert_same(got[1], k)
 
 
-@given(seeds, shapes, st.integers(0, L - 1), st.booleans())
-def test_norms_are_kept(device, seed, shape, position, interleaved):
+@given(seeds, dtypes, shapes, st.booleans())
+def test_position_zero_is_identity(device, seed, dtype, shape, interleaved):
+    check_position_zero(room.rotary, device, seed, dtype, shape, interleaved)
+
+
+def check_norms(rotary, device, seed, shape, position, interleaved):
     q, k, _, positions, cos_sin = draw(seed, shape, 3, torch.float32, device)
-    got = room.rotary(q, k, positions.fill_(position), cos_sin, interleaved)
+    got = rotary(q, k, positions.fill_(position), cos_sin, interleaved)
     for before, after in zip((q, k), got, strict=True):
         assert_close(after.double().norm(dim=-1).float(), before.double().norm(dim=-1), before.norm(dim=-1))
 
 
-@given(seeds, st.integers(0, 9), st.integers(0, 9), st.integers(1, 30), st.booleans())
-def test_scores_depend_on_distance_only(device, seed, at, to, shift, interleaved):
+@given(seeds, shapes, st.integers(0, L - 1), st.booleans())
+def test_norms_are_kept(device, seed, shape, position, interleaved):
+    check_norms(room.rotary, device, seed, shape, position, interleaved)
+
+
+def check_distance(rotary, device, seed, at, to, shift, interleaved):
     q, k, _, _, cos_sin = draw(seed, (8, 2, 64), 1, torch.float32, device)
 
     def scores(rotary, at, to):                            # [8, 2]
@@ -155,7 +166,39 @@ def test_scores_depend_on_distance_only(device, seed, at, to, shift, interleaved
         return turned_q.double() @ turned_k.double().T
 
     plain = scores(twin.rotary, at + shift, to + shift)
-    assert_close(scores(room.rotary, at + shift, to + shift).float(), scores(room.rotary, at, to), plain)
+    assert_close(scores(rotary, at + shift, to + shift).float(), scores(rotary, at, to), plain)
+
+
+@given(seeds, st.integers(0, 9), st.integers(0, 9), st.integers(1, 30), st.booleans())
+def test_scores_depend_on_distance_only(device, seed, at, to, shift, interleaved):
+    check_distance(room.rotary, device, seed, at, to, shift, interleaved)
+
+
+def twice_in_place(q, k, positions, cos_sin, interleaved, q_out, k_out):
+    for _ in range(2):                                     # reads what it wrote
+        room.rotary_out(q, k, positions, cos_sin, interleaved, q_out, k_out)
+
+
+def one_further(q, k, positions, cos_sin, interleaved):
+    return room.rotary(q, k, positions + 1, cos_sin, interleaved)
+
+
+def stretched(q, k, positions, cos_sin, interleaved):
+    return room.rotary(q, k, positions, cos_sin * 1.001, interleaved)
+
+
+def keys_as_they_are(q, k, positions, cos_sin, interleaved):
+    return room.rotary(q, k, positions, cos_sin, interleaved)[0], k
+
+
+def test_broken_properties_are_caught(device):
+    for check in (lambda: check_in_place(twice_in_place, device, 0, torch.float32, (4, 2, 16), 1.0, False),
+                  lambda: check_position_zero(one_further, device, 0, torch.float32, (4, 2, 16), False),
+                  lambda: check_norms(stretched, device, 0, (4, 2, 16), 3, False),
+                  lambda: check_distance(keys_as_they_are, device, 0, 2, 5, 7, False),
+                  lambda: check_rotary_pads(lambda *call: room.rotary(*call[:5]), device, 0, torch.float32, (4, 2, 16), 2, 2, False, 6e4)):
+        with pytest.raises(AssertionError):
+            check()
 
 
 def test_far_positions(device):
@@ -253,14 +296,18 @@ def test_ignored_pads_are_caught(device):
         check_pads(lambda *call, num_tokens: room.rotary_kv_write(*call), device, 0, torch.float32, (4, 2, 16), 2, 2, False, float("nan"))
 
 
-@given(seeds, dtypes, shapes, st.integers(1, 3), st.integers(0, 3), st.booleans(), poisons)
-def test_rotary_pads_are_zero_and_leak_nothing(device, seed, dtype, shape, live, pads, interleaved, poison):
+def check_rotary_pads(rotary, device, seed, dtype, shape, live, pads, interleaved, poison):
     q, k, _, positions, cos_sin = draw(seed, shape, live + pads, dtype, device, 0.5)
     want = room.rotary(q[:live], k[:live], positions[:live], cos_sin, interleaved)
     q[live:], k[live:], positions[live:] = poison, poison, -7
-    for got, expected in zip(room.rotary(q, k, positions, cos_sin, interleaved, counter(live, device)), want, strict=True):
+    for got, expected in zip(rotary(q, k, positions, cos_sin, interleaved, counter(live, device)), want, strict=True):
         assert_same(got[:live], expected)
         assert_same(got[live:], torch.zeros_like(got[live:]))
+
+
+@given(seeds, dtypes, shapes, st.integers(1, 3), st.integers(0, 3), st.booleans(), poisons)
+def test_rotary_pads_are_zero_and_leak_nothing(device, seed, dtype, shape, live, pads, interleaved, poison):
+    check_rotary_pads(room.rotary, device, seed, dtype, shape, live, pads, interleaved, poison)
 
 
 def check_rows_keep_their_bits(fused, device, seed, dtype, shape, order):

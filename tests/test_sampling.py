@@ -225,19 +225,31 @@ def test_noise_that_knows_its_row_is_caught(device):
         check_rows_are_their_own(broken, torch.zeros(4, 300, device=device), [3, 2, 1, 0], ROW_OPTIONS)
 
 
-@few
-@given(seeds, dtypes, poisons, vocabularies)
-def test_bad_rows_touch_no_other(device, seed, dtype, poison, V):
+def check_bad_rows(sample, device, seed, dtype, poison, V):
     logits = randn(seed, 4, V, dtype=dtype, device=device)
     want = room.sample(**batch(logits, **ROW_OPTIONS))
     logits[1], logits[3] = poison, -INF
     status = torch.tensor([1, 2, 0, 16], dtype=torch.int32, device=device)
     arguments = batch(logits, **ROW_OPTIONS) | dict(status=status, seq_lens=torch.tensor([5, 1, 9, 0], dtype=torch.int32, device=device))
-    got = room.sample(**arguments)
+    got = sample(**arguments)
     assert_same(got[[0, 2]], want[[0, 2]])
     hopeless = math.isnan(poison) or poison == -INF
     assert got[1] == -1 if hopeless else 0 <= got[1] < V
     assert got[3] == -1 and status.tolist() == [1, 2 | (room.NO_TOKEN if hopeless else 0), 0, 16]
+
+
+@few
+@given(seeds, dtypes, poisons, vocabularies)
+def test_bad_rows_touch_no_other(device, seed, dtype, poison, V):
+    check_bad_rows(room.sample, device, seed, dtype, poison, V)
+
+
+def test_a_spreading_row_is_caught(device):
+    def spreading(logits, **options):
+        return room.sample(logits - logits.sum(0) * 0, **options)
+
+    with pytest.raises(AssertionError):
+        check_bad_rows(spreading, device, 0, torch.float32, NAN, 100)
 
 
 @pytest.mark.filterwarnings("ignore:overflow")       # numpy says what the GPU keeps to itself: 3e38 + 3e38 is infinite
