@@ -12,10 +12,14 @@ A kernel's result is judged against its twin run in float64, by two rules that m
    place of the greatest value, because PyTorch is sometimes exact by luck: one where storing rounds, four in float32, where the error is that
    of a sum one by one: 0.3 sqrt(K) 2^-24 of its value is one standard deviation (1.5 units at K = 100, more in PyTorch's own term beyond).
 Copies, indices and integer arithmetic are compared bit for bit with `assert_same`.
+Sampled tokens are compared exactly, but where the twin decides by less than NEAR: a float32 score or mass is off by a few 2^-22. Draws are
+judged by chi-square over 64 buckets of equal mass: the mean of 63 degrees of freedom plus six standard deviations.
 """
 
 import torch
 
+NEAR = 1e-5
+CHI_SQUARE_BOUND = 63 + 6 * (2 * 63) ** 0.5
 RELATIVE_RMS = {torch.float16: 5e-4, torch.bfloat16: 2.8e-3, torch.float32: 1e-6}
 
 

@@ -11,12 +11,10 @@ from hypothesis import strategies as st
 
 import reference.sampling as twin
 from gkernels.kernels import sampling as room
-from tests.close import assert_close, assert_same
+from tests.close import CHI_SQUARE_BOUND, NEAR, assert_close, assert_same
 from tests.strategies import dtypes, far, poisons, randn, seeds, strided
 
 INF, NAN = float("inf"), float("nan")
-NEAR = 1e-5               # a float32 score or mass is off by a few 2^-22: where the twin decides by less, either answer is right
-DF, CHI_SQUARE_BOUND = 63, 63 + 6 * math.sqrt(2 * 63)
 OPTIONS = dict(temperature=(1.0, torch.float32), top_k=(0, torch.int32), top_p=(1.0, torch.float32), min_p=(0.0, torch.float32),
                seed=(0, torch.int64), position=(0, torch.int32), seq_lens=(1, torch.int32), status=(0, torch.int32))
 
