@@ -10,7 +10,9 @@ from __future__ import annotations
 import datetime
 import hashlib
 import json
+import math
 import os
+import re
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -23,16 +25,23 @@ CEILINGS = {"h200": {"tbs": 4.44, "tflops": 792.0}}   # measured: a read-only st
 COLD_BYTES = 120_000_000                              # twice the L2 of an H200
 MOST_CLOSURES = 64
 LEAST_LAUNCHES = 16                                   # in a graph, so that its own start is under a tenth of a microsecond a launch
+ENOUGH_US = 150_000                                   # of measured replays, of which there are at least LEAST_REPLAYS
+LEAST_REPLAYS = 5
 ROWS: list[dict] = []
+ONLY = ""                                             # regular expression: cases that it is not found in are left out
+PROVIDERS: tuple[str, ...] = ()                       # and providers that are not named; none named: all
 
 
 def bench(room: str, case: str, provider: str, make: Callable[[int], Callable[[], None]], bytes: int = 0, flops: int = 0,
-          cold: bool = True) -> float:
-    """Times make(0), make(1), ... (each a closure with buffers of its own) in one graph, records a row and returns microseconds a launch.
+          cold: bool = True) -> float | None:
+    """Times make(0), make(1), ... (each a closure with buffers of its own) in one graph, records a row and returns microseconds a launch; None
+    for a row that is not `wanted`, of which nothing is made.
 
     `bytes` is what one launch must move, `flops` what it must compute. With `cold=False` one closure is launched over and over: for ops
     so small that no number of buffers fills the L2, and whose inputs were just written in a real step anyway.
     """
+    if not wanted(case, provider):
+        return None
     count = closures(bytes) if cold else 1
     calls = [make(i) for i in range(count)]
     calls *= -(-(LEAST_LAUNCHES if cold else MOST_CLOSURES) // count)
@@ -42,10 +51,29 @@ def bench(room: str, case: str, provider: str, make: Callable[[int], Callable[[]
             call()
 
     us = timed_graph(launch_all) / len(calls)
-    figures = {"tbs": round(bytes / us / 1e6, 4)} if bytes else {}
-    figures |= {"tflops": round(flops / us / 1e6, 2)} if flops else {}
-    record(bench=room, case=case, provider=provider, us=round(us, 3), cold=cold and count * bytes > COLD_BYTES, **figures)
+    record(bench=room, case=case, provider=provider, us=round(us, 3), cold=cold and count * bytes > COLD_BYTES, **rates(us, bytes, flops))
     return us
+
+
+def floor(room: str, case: str, bytes: int, flops: int = 0) -> float | None:
+    """Records what the device's ceilings allow, a row like `bench`'s whose provider is "floor". None where no ceiling was measured."""
+    if device() not in CEILINGS or not wanted(case, "floor"):
+        return None
+    ceilings = CEILINGS[device()]
+    us = max(bytes / ceilings["tbs"], flops / ceilings["tflops"]) / 1e6
+    record(bench=room, case=case, provider="floor", us=round(us, 3), cold=True, **rates(us, bytes, flops))
+    return us
+
+
+def rates(us: float, bytes: int, flops: int) -> dict[str, float]:
+    """TB/s and TFLOP/s, those that are known."""
+    figures = {"tbs": round(bytes / us / 1e6, 4)} if bytes else {}
+    return figures | ({"tflops": round(flops / us / 1e6, 2)} if flops else {})
+
+
+def wanted(case: str, provider: str) -> bool:
+    """Whether ONLY and PROVIDERS ask for this row."""
+    return re.search(ONLY, case) is not None and (not PROVIDERS or provider in PROVIDERS)
 
 
 def closures(bytes: int) -> int:
@@ -54,7 +82,7 @@ def closures(bytes: int) -> int:
 
 
 def timed_graph(fn: Callable[[], None], times: int = 20) -> float:
-    """Captures fn, replays it `times` times, and returns the median time of a replay in microseconds."""
+    """Captures fn, replays it `times` times, fewer where `replays` says so, and returns the median time of a replay in microseconds."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -65,15 +93,24 @@ def timed_graph(fn: Callable[[], None], times: int = 20) -> float:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         fn()
+    warm = timed_replays(graph, 3)
+    return statistics.median(timed_replays(graph, replays(warm[-1], times)))
+
+
+def timed_replays(graph: torch.cuda.CUDAGraph, times: int) -> list[float]:
+    """Microseconds of each of `times` replays, all in the queue before the first is waited for."""
     events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(times)]
-    for _ in range(3):
-        graph.replay()
     for start, end in events:
         start.record()
         graph.replay()
         end.record()
     torch.cuda.synchronize()
-    return statistics.median(start.elapsed_time(end) for start, end in events) * 1000
+    return [start.elapsed_time(end) * 1000 for start, end in events]
+
+
+def replays(us: float, times: int) -> int:
+    """`times`, or as many replays of `us` microseconds as ENOUGH_US holds, but LEAST_REPLAYS."""
+    return min(times, max(int(ENOUGH_US / us), LEAST_REPLAYS))
 
 
 def record(*, bench: str, case: str, provider: str, us: float, **figures) -> None:
@@ -113,11 +150,12 @@ def save(rows: list[dict] | None = None, name: str | None = None) -> Path:
 
 
 def table(rows: list[dict], ceilings: dict[str, float] | None = None) -> None:
-    """Prints the rows in aligned columns. A ceiling is in TB/s or TFLOP/s, and gives the share of it that a row reaches."""
+    """Prints the rows in aligned columns. A ceiling is in TB/s or TFLOP/s, and gives the share of it that a row reaches; of two rates the one
+    nearer to its ceiling is shown."""
     ceilings = ceilings or {}
     lines = [("bench", "case", "provider", "us", "rate", "of ceiling")]
     for row in rows:
-        unit = "tbs" if "tbs" in row else "tflops"
+        unit = max((u for u in ("tbs", "tflops") if u in row), key=lambda u: row[u] / ceilings.get(u, math.inf), default="tbs")
         rate = f"{row[unit]:.2f} {'TB/s' if unit == 'tbs' else 'TFLOP/s'}" if unit in row else ""
         share = f"{100 * row[unit] / ceilings[unit]:.0f} %" if unit in row and unit in ceilings else ""
         lines.append((row["bench"], row["case"], row["provider"], f"{row['us']:.2f}", rate, share))

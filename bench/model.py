@@ -9,7 +9,7 @@ import time
 
 import torch
 
-from bench.harness import record, timed_graph
+from bench.harness import record, timed_graph, wanted
 from gkernels.graph import Buckets, GraphRunner
 from gkernels.model.cache import PagedCache
 from gkernels.model.config import PRESETS, LlamaConfig
@@ -19,6 +19,7 @@ from gkernels.model.step import Row, Step
 
 PAGE, ROOM = 16, 128                     # tokens a page; tokens beyond the context
 LEAST_GAIN = 5                           # what one graph must gain over launching its kernels one by one, for llama-3.2-1b 1x1024
+PROVIDERS = ("gkernels", "eager", "transformers-static")
 CASES = [("llama-3.2-1b", 1, 1024), ("llama-3.2-1b", 16, 1024), ("llama-3.1-8b", 1, 1024)]
 
 
@@ -81,19 +82,25 @@ def transformers_us(config_dict, weights, config, batch, context):
 def main(cases=CASES, peers=True):
     gains = {}                           # by case: eager over captured
     for name, batch, context in cases:
+        case = f"{name} {batch}x{context}"
+        asked = [provider for provider in PROVIDERS if wanted(case, provider)]
+        if not asked:
+            continue
         config = LlamaConfig.from_dict(PRESETS[name])
         weights = random_weights(config, "cuda", torch.bfloat16)
-        case, moved = f"{name} {batch}x{context}", bytes_of(weights, config, batch, context)
-        step = decode_step(weights, config, batch, context)
+        moved, step = bytes_of(weights, config, batch, context), decode_step(weights, config, batch, context)
         runner = GraphRunner(step, Buckets([batch]), "cuda")
-        runner.capture(progress=False)
-        us = timed_graph(lambda step=step, batch=batch: step(batch))
-        record(bench="decode_step", case=case, provider="gkernels", us=us, tbs=round(moved / us / 1e6, 3), nodes=runner.graphs[batch].nodes,
-               floor_us=round(moved / 4.44e6, 1))
-        eager = eager_us(lambda step=step, batch=batch: step(batch))
-        record(bench="decode_step", case=case, provider="eager", us=eager)
-        gains[case] = eager / us
-        if peers:
+        if "gkernels" in asked:
+            runner.capture(progress=False)
+            us = timed_graph(lambda step=step, batch=batch: step(batch))
+            record(bench="decode_step", case=case, provider="gkernels", us=us, tbs=round(moved / us / 1e6, 3), nodes=runner.graphs[batch].nodes,
+                   floor_us=round(moved / 4.44e6, 1))
+        if "eager" in asked:
+            eager = eager_us(lambda step=step, batch=batch: step(batch))
+            record(bench="decode_step", case=case, provider="eager", us=eager)
+        if {"gkernels", "eager"} <= {*asked}:
+            gains[case] = eager / us
+        if peers and "transformers-static" in asked:
             try:
                 peer = transformers_us(PRESETS[name], weights, config, batch, context)
                 record(bench="decode_step", case=case, provider="transformers-static", us=peer)

@@ -7,9 +7,9 @@ the batch, and no engine computes them on the device like that.
 import torch
 
 from bench.harness import bench
-from gkernels.kernels import schedule
+from gkernels.kernels import attention, schedule
 
-PAGE = 16
+PAGE, H, K, D = 16, 32, 8, 128
 
 
 def cases():
@@ -25,9 +25,10 @@ def make(query_lens, contexts):
     width = -(-max(lens) // PAGE)
     starts = torch.tensor([0, *query_lens]).cumsum(0).to("cuda", torch.int32)
     table = torch.randint(1, 1000, (len(lens), width), dtype=torch.int32, device="cuda")
-    out = schedule.Schedule.allocate(sum(query_lens), len(lens), 16, "cuda")
+    tiling = attention.tiling(sum(query_lens), len(lens), H, K, D, D, torch.bfloat16, "cuda")
+    out = schedule.Schedule.allocate(sum(query_lens), len(lens), tiling, "cuda")
     seq_lens = torch.tensor(lens, dtype=torch.int32, device="cuda")
-    return lambda: schedule.schedule_out(starts, seq_lens, table, PAGE, 1000, 16, out)
+    return lambda: schedule.schedule_out(starts, seq_lens, table, PAGE, 1000, tiling, out)
 
 
 def main():

@@ -94,6 +94,8 @@ def parser() -> argparse.ArgumentParser:
 
     add = command(bench, "time the kernels on this GPU (from a source checkout)")
     add("room", nargs="*", help="which benches (default: all)")
+    add("--only", default="", metavar="REGEX", help="only the cases that it is found in")
+    add("--providers", default="", metavar="NAME,NAME", help="only these providers")
     return top
 
 
@@ -114,7 +116,7 @@ def bench(options: argparse.Namespace) -> int:
     root = Path(__file__).parent.parent
     if not (root / "bench" / "__main__.py").is_file():
         raise UserError(f"bench: no benches beside {Path(__file__).parent}: they come with the source checkout, not with the package")
-    return subprocess.call([sys.executable, "-m", "bench", *options.room], cwd=root)
+    return subprocess.call([sys.executable, "-m", "bench", *options.room, f"--only={options.only}", f"--providers={options.providers}"], cwd=root)
 
 
 def generate(options: argparse.Namespace) -> int:

@@ -8,6 +8,7 @@ they have no derivatives.
 from __future__ import annotations
 
 import functools
+from dataclasses import fields
 
 import torch
 
@@ -15,13 +16,15 @@ from .kernels import activation, kv_cache, sampling
 from .kernels import attention as _attention
 from .kernels import embedding as _embedding
 from .kernels import linear as _linear
+from .kernels import merge as _merge
 from .kernels import rmsnorm as _rmsnorm
 from .kernels import rotary as _rotary
 from .kernels import schedule as _schedule
-from .kernels.attention import config as attention_config
+from .kernels.attention import Workspace
+from .kernels.attention import tiling as attention_tiling
 from .kernels.rotary import cos_sin_table
 from .kernels.sampling import BAD_OPTION, NO_TOKEN, check_options
-from .kernels.schedule import BAD_LENGTH, BAD_PAGE, MAX_R, Schedule
+from .kernels.schedule import BAD_LENGTH, BAD_PAGE, MAX_R, Schedule, Tiling
 
 NAMESPACE = "gkernels"
 _library = torch.library.Library(NAMESPACE, "FRAGMENT")     # the registrations live as long as this object
@@ -80,14 +83,19 @@ embedding = _register(
     "embedding(Tensor ids, Tensor weight, Tensor? num_tokens=None, int? padding_index=None) -> Tensor", _embedding.embedding,
     lambda ids, weight, num_tokens=None, padding_index=None: weight.new_empty(ids.shape[0], weight.shape[1]))
 
-attention_out = _register(
-    "attention_out(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_table, Tensor items, Tensor num_items, Tensor(a!) out, "
-    "Tensor(b!)? lse=None, float? scale=None) -> ()", _attention.attention_out)
+_OPTIONS = ("bool causal=True, int[2] window=[-1, -1], float softcap=0.0, Tensor? sinks=None, Tensor? alibi_slopes=None, "
+            "Tensor? tree_mask=None, Tensor? k_scale=None, Tensor? v_scale=None")
 attention = _register(
-    "attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor query_start_loc, Tensor seq_lens, Tensor block_table, float? scale=None) "
-    "-> (Tensor, Tensor)", _attention.attention,
-    lambda q, k_cache, v_cache, query_start_loc, seq_lens, block_table, scale=None: (
-        torch.empty_like(q), q.new_empty(q.shape[:2], dtype=torch.float32)))
+    "attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor query_start_loc, Tensor seq_lens, Tensor block_table, float? scale=None, *, "
+    f"{_OPTIONS}, int? programs=None) -> (Tensor, Tensor)", _attention.attention,
+    lambda q, k_cache, v_cache, *args, **kwargs: (
+        q.new_empty(*q.shape[:2], v_cache.shape[3]), q.new_empty(q.shape[:2], dtype=torch.float32)))
+merge_out = _register(
+    "merge_out(Tensor a, Tensor a_lse, Tensor b, Tensor b_lse, Tensor(a!) out, Tensor(b!)? lse=None, Tensor? num_tokens=None) -> ()",
+    _merge.merge_out)
+merge = _register(
+    "merge(Tensor a, Tensor a_lse, Tensor b, Tensor b_lse, Tensor? num_tokens=None) -> (Tensor, Tensor)", _merge.merge,
+    lambda a, a_lse, b, b_lse, num_tokens=None: (a.new_empty(a.shape), a_lse.new_empty(a_lse.shape)))
 
 sample_out = _register(
     "sample_out(Tensor logits, Tensor temperature, Tensor top_k, Tensor top_p, Tensor min_p, Tensor seed, Tensor position, Tensor seq_lens, "
@@ -110,34 +118,62 @@ def sample(logits: torch.Tensor, temperature: torch.Tensor, top_k: torch.Tensor,
     return out
 
 
-def _schedule_tensors(query_start_loc, seq_lens, block_table, page_size, num_pages, block_q, positions, slot_mapping, token_to_request,
-                      last_token, num_tokens, items, num_items, status):
-    _schedule.schedule_out(query_start_loc, seq_lens, block_table, page_size, num_pages, block_q,
-                           Schedule(positions, slot_mapping, token_to_request, last_token, num_tokens, items, num_items, status))
+_TILING = [(field.name, bool if field.type == "bool" else int) for field in fields(Tiling)]
+
+
+def _to_ints(tiling):
+    return None if tiling is None else [int(getattr(tiling, name)) for name, _ in _TILING]
+
+
+def _from_ints(ints):
+    return None if ints is None else Tiling(**{name: kind(value) for (name, kind), value in zip(_TILING, ints, strict=True)})
+
+
+def _schedule_tensors(query_start_loc, seq_lens, block_table, page_size, num_pages, tiling, *out):
+    _schedule.schedule_out(query_start_loc, seq_lens, block_table, page_size, num_pages, _from_ints(tiling), Schedule(*out))
 
 
 _schedule_op = _register(
-    "schedule_out(Tensor query_start_loc, Tensor seq_lens, Tensor block_table, int page_size, int num_pages, int block_q, "
+    "schedule_out(Tensor query_start_loc, Tensor seq_lens, Tensor block_table, int page_size, int num_pages, int[] tiling, "
     "Tensor(a!) positions, Tensor(b!) slot_mapping, Tensor(c!) token_to_request, Tensor(d!) last_token, Tensor(e!) num_tokens, "
-    "Tensor(f!) items, Tensor(g!) num_items, Tensor(h!) status) -> ()", _schedule_tensors)
+    "Tensor(f!) status, Tensor(g!) work) -> ()", _schedule_tensors)
 
 
 def schedule_out(query_start_loc: torch.Tensor, seq_lens: torch.Tensor, block_table: torch.Tensor, page_size: int, num_pages: int,
-                 block_q: int, out: Schedule) -> None:
-    """Fills `out` for the batch: see gkernels.kernels.schedule. The registered op takes the fields of `out` one by one."""
-    _schedule_op(query_start_loc, seq_lens, block_table, page_size, num_pages, block_q, out.positions, out.slot_mapping,
-                 out.token_to_request, out.last_token, out.num_tokens, out.items, out.num_items, out.status)
+                 tiling: Tiling, out: Schedule) -> None:
+    """Fills `out` for the batch: see gkernels.kernels.schedule. The registered op takes the fields of `tiling` as integers and those of `out`
+    one by one."""
+    _schedule_op(query_start_loc, seq_lens, block_table, page_size, num_pages, _to_ints(tiling), out.positions, out.slot_mapping,
+                 out.token_to_request, out.last_token, out.num_tokens, out.status, out.work)
 
 
 def schedule(query_start_loc: torch.Tensor, seq_lens: torch.Tensor, block_table: torch.Tensor, page_size: int, num_pages: int, T: int,
-             block_q: int) -> Schedule:
+             tiling: Tiling) -> Schedule:
     """Returns the `Schedule` of the batch for a capacity of T tokens."""
-    out = Schedule.allocate(T, seq_lens.shape[0], block_q, query_start_loc.device)
-    schedule_out(query_start_loc, seq_lens, block_table, page_size, num_pages, block_q, out)
+    out = Schedule.allocate(T, seq_lens.shape[0], tiling, query_start_loc.device)
+    schedule_out(query_start_loc, seq_lens, block_table, page_size, num_pages, tiling, out)
     return out
 
 
-__all__ = ["BAD_LENGTH", "BAD_OPTION", "BAD_PAGE", "MAX_R", "NO_TOKEN", "Schedule", "add_rmsnorm", "add_rmsnorm_out", "attention", "attention_config",
-           "attention_out", "check_options", "cos_sin_table", "embedding", "embedding_out", "kv_write", "linear", "linear_out", "rmsnorm",
-           "rmsnorm_out", "rotary", "rotary_kv_write", "rotary_out", "sample", "sample_out", "schedule", "schedule_out", "silu_and_mul",
-           "silu_and_mul_out"]
+def _attention_tensors(q, k_cache, v_cache, block_table, work, states, counters, out, lse=None, scale=None, *, tiling=None, **options):
+    _attention.attention_out(q, k_cache, v_cache, block_table, work, Workspace(states, counters), out, lse, scale,
+                             tiling=_from_ints(tiling), **options)
+
+
+_attention_op = _register(
+    "attention_out(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_table, Tensor work, Tensor(a!) states, Tensor(b!) counters, "
+    f"Tensor(c!) out, Tensor(d!)? lse=None, float? scale=None, *, {_OPTIONS}, int[]? tiling=None) -> ()", _attention_tensors)
+
+
+def attention_out(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, block_table: torch.Tensor, work: torch.Tensor,
+                  workspace: Workspace, out: torch.Tensor, lse: torch.Tensor | None = None, scale: float | None = None, *,
+                  tiling: Tiling | None = None, **options) -> None:
+    """Writes attention to `out` and, where given, log-sum-exp to `lse`; `options` are those of gkernels.kernels.attention. The registered op takes
+    the workspace's two tensors and the fields of `tiling` as integers."""
+    _attention_op(q, k_cache, v_cache, block_table, work, workspace.states, workspace.counters, out, lse, scale, tiling=_to_ints(tiling), **options)
+
+
+__all__ = ["BAD_LENGTH", "BAD_OPTION", "BAD_PAGE", "MAX_R", "NO_TOKEN", "Schedule", "Tiling", "Workspace", "add_rmsnorm", "add_rmsnorm_out",
+           "attention", "attention_out", "attention_tiling", "check_options", "cos_sin_table", "embedding", "embedding_out", "kv_write", "linear",
+           "linear_out", "merge", "merge_out", "rmsnorm", "rmsnorm_out", "rotary", "rotary_kv_write", "rotary_out", "sample", "sample_out",
+           "schedule", "schedule_out", "silu_and_mul", "silu_and_mul_out"]

@@ -6,9 +6,12 @@ A room's function takes a device and a dtype and yields (case, function, argumen
 
 import torch
 
-from tests.strategies import Batch, counter
+from tests.strategies import Batch, Features, counter
 
 ROOMS = {}
+MIXED = Batch([18, 1, 1], [0, 30, 7], 16, pads=4, spare_requests=1)                 # for attention: the first is tall, but for G1 and G7
+DECODE = Batch([1, 1, 1], [4, 30, 7], 16, pads=1, spare_requests=1)                 # as many tokens as requests, so none
+PLAIN, FEATURES = Features(), Features(window=(9, -1), tree=True, softcap=1.5, sinks=True, alibi=2, scales=2)
 
 
 def room(calls):
@@ -36,23 +39,59 @@ def rmsnorm(device, dtype):
 
 @room
 def schedule(device, dtype):
-    from gkernels.kernels import schedule
+    from gkernels.kernels import attention, schedule
     if dtype == torch.float32:                       # integers only: one dtype tells it all
-        metadata = Batch([5, 1, 1], [0, 30, 7], 16, pads=9, spare_requests=1).metadata(device)
-        yield "mixed", schedule.schedule_out, (*metadata, 16, 8, 4, schedule.Schedule.allocate(16, 4, 4, device))
+        for case, batch, window in (("mixed", MIXED, (-1, -1)), ("mixed window", MIXED, (9, -1)), ("decode", DECODE, (-1, -1))):
+            tiling = attention.tiling(batch.T, batch.R, 8, 2, 64, 64, dtype, device, True, window, 4)
+            out = schedule.Schedule.allocate(batch.T, batch.R, tiling, device)
+            yield case, schedule.schedule_out, (*batch.metadata(device), 16, batch.N, tiling, out)
+
+
+def attend(query_start_loc, seq_lens, block_table, tiling, plan, workspace, q, k_cache, v_cache, out, lse, options):
+    """attention_out with what it may rely on: the schedule's own work list, and counters that are zeros."""
+    from gkernels.kernels import attention, schedule
+    schedule.schedule_out(query_start_loc, seq_lens, block_table, k_cache.shape[1], k_cache.shape[0], tiling, plan)
+    workspace.counters.zero_()
+    attention.attention_out(q, k_cache, v_cache, block_table, plan.work, workspace, out, lse, tiling=tiling, **options)
 
 
 @room
 def attention(device, dtype):
     from gkernels.kernels import attention, schedule
-    batch = Batch([5, 1, 1], [0, 30, 7], 16, pads=9, spare_requests=1)
-    for G, D in ((1, 64), (4, 64), (4, 128), (7, 80), (16, 256)):
-        q, (k_cache, v_cache) = torch.zeros(batch.T, G * 2, D, dtype=dtype, device=device), batch.caches(2, D, dtype, device)
-        block_q = attention.config(G, D, dtype).BLOCK_Q
-        plan = schedule.Schedule.allocate(batch.T, batch.R, block_q, device)
-        for lse in (None, torch.zeros(batch.T, G * 2, device=device)):
-            yield f"G{G} D{D}{' lse' if lse is not None else ''}", attention.attention_out, (
-                q, k_cache, v_cache, batch.metadata(device)[2], plan.items, plan.num_items, torch.empty_like(q), lse)
+
+    def call(batch, G, D, has_lse, drawn=PLAIN):
+        H, K, DV = G * 2, 2, drawn.DV or D
+        tiling = attention.tiling(batch.T, batch.R, H, K, D, DV, dtype, device, drawn.causal, drawn.window, 4)
+        q, caches = torch.zeros(batch.T, H, D, dtype=dtype, device=device), batch.caches(K, D, dtype, device, 0.0, DV)
+        if drawn.scales:
+            caches = [cache.to(torch.float8_e4m3fn) for cache in caches]
+        plan, workspace = schedule.Schedule.allocate(batch.T, batch.R, tiling, device), attention.Workspace.allocate(tiling, device)
+        lse = torch.zeros(batch.T, H, device=device) if has_lse else None
+        return attend, (*batch.metadata(device), tiling, plan, workspace, q, *caches, q.new_empty(batch.T, H, DV), lse,
+                        drawn.options(batch, H, K, device))
+
+    if dtype == torch.float32:                       # its tiles are small whatever the heads
+        yield "G4 D64 mixed", *call(MIXED, 4, 64, has_lse=True)
+        yield "G4 D64 decode", *call(DECODE, 4, 64, has_lse=False)
+        return
+    yield "G4 D128 mixed", *call(MIXED, 4, 128, has_lse=False)
+    yield "G4 D128 decode", *call(DECODE, 4, 128, has_lse=True)
+    yield "G16 D256 mixed", *call(MIXED, 16, 256, has_lse=True)
+    yield "G7 D80 decode", *call(DECODE, 7, 80, has_lse=False)
+    yield "G4 D64 features", *call(MIXED, 4, 64, True, FEATURES)
+
+
+@room
+def merge(device, dtype):
+    from gkernels.kernels import merge
+    for H, D in ((1, 80), (32, 128), (7, 576)):
+        a, b, out = (torch.zeros(3, H, D, dtype=dtype, device=device) for _ in range(3))
+        a_lse, b_lse, lse = torch.zeros(3, 3, H, device=device)
+        yield f"H{H} D{D}", merge.merge_out, (a, a_lse, b, b_lse, out)
+        yield f"H{H} D{D} lse", merge.merge_out, (a, a_lse, b, b_lse, out, lse, counter(2, device))
+    a_lse = torch.zeros(32, 3, device=device).T
+    a = torch.zeros(3, 32, 128, dtype=dtype, device=device)
+    yield "heads first", merge.merge_out, (a, a_lse, a.clone(), a_lse.clone(), torch.empty_like(a))
 
 
 @room

@@ -1,4 +1,4 @@
-"""Paged attention against its twin, and the contract: what may not change a bit, and what must stay in its row."""
+"""Paged attention against its twin, and the contract: what may not change a bit, and what must stay in its row, with every feature in use."""
 
 from random import Random
 
@@ -10,198 +10,253 @@ from hypothesis import strategies as st
 import reference.attention as twin
 from gkernels.kernels import attention as room
 from tests.close import assert_close, assert_same
-from tests.strategies import Batch, batches, dtypes, far, poisons, randn, seeds
+from tests.strategies import Batch, Features, batches, binaries, far, features, poisons, randn, seeds
 
-heads = st.sampled_from([(1, 1), (4, 2), (3, 1), (7, 1), (16, 1), (6, 2)])      # (H, K): groups of 1, 2, 3, 7, 16 and 3
-head_dims = st.sampled_from([16, 32, 80, 96])
+heads = binaries([(4, 2), (7, 1), (1, 1), (3, 1), (16, 1), (6, 2)])            # (H, K): groups of 2, 7, 1, 3, 16 and 3
+few_heads = binaries([(2, 1), (1, 1), (3, 1), (2, 2)], 1)
+head_dims = binaries([32, 80, 16, 96])
+dtypes = binaries([torch.bfloat16, torch.float32, torch.float16])
+SMALL_PAGES = (4, 16) if torch.cuda.is_available() else (1, 3, 4, 16)
 NAMES = ("q", "k_cache", "v_cache", "query_start_loc", "seq_lens", "block_table")
-lone_requests = st.tuples(st.integers(1, 5), st.integers(0, 80))
+PLAIN, FP8 = Features(), torch.float8_e4m3fn
+ALL = Features(window=(9, -1), tree=True, softcap=1.5, sinks=True, alibi=2, scales=2, DV=24)
 
 
-def problem(batch, seed, dtype, device, heads, D, poison=0.0):
+@st.composite
+def cases(draw, max_requests=2, max_query=5, page_sizes=SMALL_PAGES, **sizes):
+    """Features, and a batch that they allow: without a causal mask, a request may have more query rows than keys."""
+    drawn = draw(features())
+    return drawn, draw(batches(max_requests, max_query, page_sizes=page_sizes, crossed=not drawn.causal, **sizes))
+
+
+def problem(batch, seed, dtype, device, heads, D, drawn=PLAIN, poison=0.0):
+    """Arguments and options; `poison` is in pad rows and wherever else nothing may look."""
     H, K = heads
     q = randn(seed, batch.T, H, D, dtype=dtype, device=device)
     q[batch.num_tokens:] = poison
-    return (q, *batch.caches(K, D, dtype, device, poison), *batch.metadata(device))
+    caches = batch.caches(K, D, dtype, "cpu", poison, drawn.DV)
+    if drawn.scales:
+        caches = [cache.to(FP8) for cache in caches]                                 # any poison becomes NaN
+    return (q, *(cache.to(device) for cache in caches), *batch.metadata(device)), drawn.options(batch, H, K, device, poison)
 
 
-def judge(arguments, num_tokens, scale=None):
-    out, lse = room.attention(*arguments, scale=scale)
-    want, want_lse = twin.attention(*(t.double() for t in arguments[:3]), *arguments[3:], scale=scale)
-    plain, plain_lse = twin.attention(*arguments, scale=scale)
+def doubled(arguments):
+    return [t.double() for t in arguments[:3]] + [*arguments[3:]]
+
+
+def judge(arguments, options, num_tokens):
+    out, lse = room.attention(*arguments, **options)
+    want, want_lse = twin.attention(*doubled(arguments), **options)
+    plain, plain_lse = twin.attention(*arguments, **options)
     assert_close(out[:num_tokens], want[:num_tokens], plain[:num_tokens])
     assert_close(lse[:num_tokens], want_lse[:num_tokens], plain_lse[:num_tokens])
-    return out, lse
 
 
-@given(seeds, dtypes, batches(), heads, head_dims, st.sampled_from([None, 0.3]))
-def test_equals_reference(device, seed, dtype, batch, heads, D, scale):
-    judge(problem(batch, seed, dtype, device, heads, D), batch.num_tokens, scale)
+@given(seeds, dtypes, cases(max_requests=3, max_query=9), heads, head_dims, st.sampled_from([None, 0.3]))
+def test_equals_reference(device, seed, dtype, case, heads, D, scale):
+    drawn, batch = case
+    arguments, options = problem(batch, seed, dtype, device, heads, D, drawn)
+    judge(arguments, options | {"scale": scale}, batch.num_tokens)
 
 
 @pytest.mark.parametrize("D", [64, 128, 192, 256])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_wide_heads_and_long_context(device, D, dtype):
-    batch = Batch([1, 70, 3], [300, 20, 130], 16, pads=3)
-    judge(problem(batch, 0, dtype, device, (8, 2), D), batch.num_tokens)
+    batch = Batch([1, 20], [300, 130], 16, pads=3)
+    judge(*problem(batch, 0, dtype, device, (4, 1), D), batch.num_tokens)
 
 
 @pytest.mark.parametrize("page_size", [1, 2, 7, 16, 100, 256])
 def test_any_page_size(device, page_size):
     batch = Batch([1, 5, 2], [120, 0, 40], page_size)
-    judge(problem(batch, 1, torch.float16, device, (4, 2), 32), batch.num_tokens)
+    judge(*problem(batch, 1, torch.float16, device, (4, 2), 32, ALL), batch.num_tokens)
 
 
-def check_poison(attention, device, seed, dtype, batch, heads, poison):
-    """Unused slots, unowned pages, unused table entries (junk in every batch) and pad rows."""
-    clean, dirty = (problem(batch, seed, dtype, device, heads, 16, fill) for fill in (0.0, poison))
-    for got, want in zip(attention(*dirty), attention(*clean), strict=True):
+def check_poison(attention, device, seed, dtype, case, heads, poison):
+    """Unused slots, unowned pages, unused table entries (junk in every batch), slopes of unused requests, pad rows and their tree bits."""
+    drawn, batch = case
+    (clean, options), (dirty, dirty_options) = (problem(batch, seed, dtype, device, heads, 16, drawn, fill) for fill in (0.0, poison))
+    for got, want in zip(attention(*dirty, **dirty_options), attention(*clean, **options), strict=True):
         assert_same(got, want)
 
 
-@given(seeds, dtypes, batches(), heads, poisons)
-def test_poison_changes_no_bit(device, seed, dtype, batch, heads, poison):
-    check_poison(room.attention, device, seed, dtype, batch, heads, poison)
+@given(seeds, dtypes, cases(), few_heads, poisons)
+def test_poison_changes_no_bit(device, seed, dtype, case, heads, poison):
+    check_poison(room.attention, device, seed, dtype, case, heads, poison)
 
 
-def reads_dead_slots(q, k_cache, v_cache, starts, lens, table):
-    return room.attention(q, k_cache, v_cache, starts, lens + 4, table)
+def reads_dead_slots(q, k_cache, v_cache, starts, lens, table, **options):
+    return room.attention(q, k_cache, v_cache, starts, torch.where(lens == 0, 0, lens + 4), table, **options)
 
 
-def reads_the_null_page(q, k_cache, v_cache, *metadata):
-    return [t + 0 * k_cache[0].sum() for t in room.attention(q, k_cache, v_cache, *metadata)]
+def reads_the_null_page(q, k_cache, v_cache, *metadata, **options):
+    return [t + 0 * k_cache[0].float().sum() for t in room.attention(q, k_cache, v_cache, *metadata, **options)]
 
 
-def reads_pad_rows(q, *rest):
-    return [t + 0 * q[-1].sum() for t in room.attention(q, *rest)]
+def reads_pad_rows(q, *rest, **options):
+    return [t + 0 * q[-1].sum() for t in room.attention(q, *rest, **options)]
 
 
-@pytest.mark.parametrize("broken", [reads_dead_slots, reads_the_null_page, reads_pad_rows])
-def test_control_what_reads_poison_is_caught(device, broken):
-    batch = Batch([1], [5], 16, pads=1)
+def reads_slopes_of_unused_requests(*arguments, alibi_slopes, **options):
+    return [t + 0 * alibi_slopes[-1].sum() for t in room.attention(*arguments, alibi_slopes=alibi_slopes, **options)]
+
+
+def reads_tree_bits_of_pads(*arguments, tree_mask, **options):
+    return [t + 2**-5 * (tree_mask[-1] != 0) for t in room.attention(*arguments, tree_mask=tree_mask, **options)]
+
+
+@pytest.mark.parametrize("broken, drawn", [(reads_dead_slots, PLAIN), (reads_dead_slots, Features(scales=1)), (reads_the_null_page, PLAIN),
+                                           (reads_the_null_page, Features(scales=1)), (reads_pad_rows, PLAIN),
+                                           (reads_slopes_of_unused_requests, Features(alibi=2)), (reads_tree_bits_of_pads, Features(tree=True))])
+def test_control_what_reads_poison_is_caught(device, broken, drawn):
+    case = drawn, Batch([1], [5], 16, pads=1, spare_requests=1)
     with pytest.raises(AssertionError, match="elements differ"):
-        check_poison(broken, device, 0, torch.float32, batch, (2, 1), float("nan"))
-    check_poison(broken, device, 0, torch.float32, batch, (2, 1), 0.0)       # equal fills: it was the poison that told
+        check_poison(broken, device, 0, torch.float32, case, (2, 1), float("nan"))
+    check_poison(broken, device, 0, torch.float32, case, (2, 1), 0.0)        # equal fills: it was the poison that told
 
 
-def check_pads(attention, device, seed, dtype, batch, heads, poison):
-    out, lse = attention(*problem(batch, seed, dtype, device, heads, 16, poison))
+def check_pads(attention, device, seed, dtype, case, heads, poison):
+    drawn, batch = case
+    arguments, options = problem(batch, seed, dtype, device, heads, 16, drawn, poison)
+    out, lse = attention(*arguments, **options)
     assert_same(out[batch.num_tokens:], torch.zeros_like(out[batch.num_tokens:]))
     assert (lse[batch.num_tokens:] == float("-inf")).all()
 
 
-@given(seeds, dtypes, batches(), heads, poisons)
-def test_pads_are_zero(device, seed, dtype, batch, heads, poison):
-    check_pads(room.attention, device, seed, dtype, batch, heads, poison)
+@given(seeds, dtypes, cases(), few_heads, poisons)
+def test_pads_are_zero(device, seed, dtype, case, heads, poison):
+    check_pads(room.attention, device, seed, dtype, case, heads, poison)
 
 
 @pytest.mark.parametrize("left", [0, 1], ids=["out", "lse"])
-def test_control_pads_left_unwritten_are_caught(device, left):
-    def broken(q, k_cache, v_cache, starts, lens, table):
-        results = room.attention(q, k_cache, v_cache, starts, lens, table)
+@pytest.mark.parametrize("drawn", [PLAIN, Features(sinks=True)], ids=["plain", "sinks"])
+def test_control_pads_left_unwritten_are_caught(device, left, drawn):
+    def broken(q, k_cache, v_cache, starts, lens, table, **options):
+        results = room.attention(q, k_cache, v_cache, starts, lens, table, **options)
         results[left][starts[-1]:] = 1.0
         return results
 
     with pytest.raises(AssertionError):
-        check_pads(broken, device, 0, torch.float16, Batch([1, 2], [5, 0], 4, pads=2), (4, 2), 6e4)
+        check_pads(broken, device, 0, torch.float16, (drawn, Batch([1, 2], [5, 0], 4, pads=2)), (4, 2), 6e4)
 
 
-def check_a_request_alone(attention, device, seed, dtype, requests, heads, page_size, random):
-    """Batch and page permutation, other pads and spare rows, and each request alone: the same bits."""
-    H, K = heads
-    q = [randn(seed + 31 * i, n, H, 16, dtype=dtype, device=device) for i, (n, _) in enumerate(requests)]
-    keys, values = ([randn(seed + 31 * i + j, n + c, K, 16, dtype=dtype, device=device) for i, (n, c) in enumerate(requests)] for j in (1, 2))
+def check_a_request_alone(attention, device, seed, dtype, case, heads, random):
+    """Batch and page permutation, other pads and spare rows, and a request alone: the same bits."""
+    (drawn, batch), (H, K) = case, heads
+    lens, widths = batch.query_lens, (16, drawn.DV or 16)
+    q = [randn(seed + 31 * i, n, H, 16, dtype=dtype, device=device) for i, n in enumerate(lens)]
+    keys, values = ([randn(seed + 31 * i + j, n, K, widths[j - 1], dtype=dtype) for i, n in enumerate(batch.lens)] for j in (1, 2))
+    options = drawn.options(batch, H, K, device)
 
     def run(order, pads, spare):
-        batch = Batch([requests[i][0] for i in order], [requests[i][1] for i in order], page_size, pads, spare, 2, random.randrange(2**31))
-        caches = [torch.zeros(batch.N, page_size, K, 16, dtype=dtype, device=device) for _ in range(2)]
+        other = Batch([lens[i] for i in order], [batch.contexts[i] for i in order], batch.page_size, pads, spare, 2, random.randrange(2**31))
+        caches = [torch.zeros(other.N, batch.page_size, K, width, dtype=dtype) for width in widths]
         for cache, rows in zip(caches, (keys, values), strict=True):
             for r, i in enumerate(order):
-                at = torch.arange(len(rows[i]), device=device)
-                cache[torch.tensor(batch.pages[r], device=device)[at // page_size], at % page_size] = rows[i]
+                at = torch.arange(len(rows[i]))
+                cache[torch.tensor(other.pages[r], dtype=torch.long)[at // batch.page_size], at % batch.page_size] = rows[i]
+        caches = [cache.to(device, FP8 if drawn.scales else dtype) for cache in caches]
+        mine = {**options}
+        if drawn.alibi == 2:
+            mine["alibi_slopes"] = torch.cat([options["alibi_slopes"][order], torch.full((spare, H), float("nan"), device=device)])
+        if drawn.tree:
+            bits = options["tree_mask"].split([*lens, batch.T - batch.num_tokens])
+            mine["tree_mask"] = torch.cat([*(bits[i] for i in order), torch.arange(pads, device=device)])
         padded = torch.cat([q[i] for i in order] + [torch.full((pads, H, 16), float("nan"), dtype=dtype, device=device)])
-        out, lse = attention(padded, *caches, *batch.metadata(device))
-        lens = [len(q[i]) for i in order]
-        return {i: (o, l) for i, o, l in zip(order, out[:batch.num_tokens].split(lens), lse[:batch.num_tokens].split(lens), strict=True)}
+        out, lse = attention(padded, *caches, *other.metadata(device), **mine)
+        rows = [lens[i] for i in order]
+        return {i: (o, l) for i, o, l in zip(order, out[:other.num_tokens].split(rows), lse[:other.num_tokens].split(rows), strict=True)}
 
-    order = list(range(len(requests)))
+    order = list(range(batch.R))
     together = run(order, 0, 0)
     random.shuffle(order)
-    shuffled = run(order, 3, 2)
-    for i in order:
-        alone = run([i], 1, 0)
-        for a, b, c in zip(together[i], shuffled[i], alone[i], strict=True):
-            assert_same(b, a)
-            assert_same(c, a)
+    for others in (run(order, 3, 2), run(order[-1:], 1, 0)):
+        for i in others:
+            for got, want in zip(others[i], together[i], strict=True):
+                assert_same(got, want)
 
 
-@given(seeds, dtypes, st.lists(lone_requests, min_size=2, max_size=4), heads, st.sampled_from([1, 4, 16]), st.randoms(use_true_random=False))
-def test_a_request_does_not_see_its_batch(device, seed, dtype, requests, heads, page_size, random):
-    check_a_request_alone(room.attention, device, seed, dtype, requests, heads, page_size, random)
+@given(seeds, dtypes, cases(max_requests=3, max_context=80, min_requests=2), few_heads, st.randoms(use_true_random=False))
+def test_a_request_does_not_see_its_batch(device, seed, dtype, case, heads, random):
+    check_a_request_alone(room.attention, device, seed, dtype, case, heads, random)
 
 
-def sees_the_batch(q, k_cache, v_cache, starts, lens, table):
-    return [t + 2**-20 * len(lens) for t in room.attention(q, k_cache, v_cache, starts, lens, table)]
+def sees_the_batch(q, k_cache, v_cache, starts, lens, table, **options):
+    return [t + 2**-20 * len(lens) for t in room.attention(q, k_cache, v_cache, starts, lens, table, **options)]
 
 
-def sees_the_pages(q, k_cache, v_cache, starts, lens, table):
-    return [t + 2**-20 * table[0, 0] for t in room.attention(q, k_cache, v_cache, starts, lens, table)]
+def sees_the_pages(q, k_cache, v_cache, starts, lens, table, **options):
+    return [t + 2**-20 * table[0, 0] for t in room.attention(q, k_cache, v_cache, starts, lens, table, **options)]
 
 
-def sees_the_pads(q, *rest):
-    return [t + 2**-20 * len(q) for t in room.attention(q, *rest)]
+def sees_the_pads(q, *rest, **options):
+    return [t + 2**-20 * len(q) for t in room.attention(q, *rest, **options)]
 
 
-@pytest.mark.parametrize("broken", [sees_the_batch, sees_the_pages, sees_the_pads])
-def test_control_what_sees_the_batch_is_caught(device, broken):
+def takes_the_first_slopes(*arguments, alibi_slopes, **options):
+    return room.attention(*arguments, alibi_slopes=alibi_slopes[0], **options)
+
+
+def takes_the_first_bits(*arguments, tree_mask, **options):
+    return room.attention(*arguments, tree_mask=tree_mask[:1].expand(len(tree_mask)).contiguous(), **options)
+
+
+@pytest.mark.parametrize("broken, drawn", [(sees_the_batch, PLAIN), (sees_the_pages, PLAIN), (sees_the_pads, PLAIN),
+                                           (takes_the_first_slopes, Features(alibi=2)), (takes_the_first_bits, Features(tree=True))])
+def test_control_what_sees_the_batch_is_caught(device, broken, drawn):
     with pytest.raises(AssertionError, match="elements differ"):
-        check_a_request_alone(broken, device, 0, torch.float32, [(2, 9), (1, 20), (3, 0)], (4, 2), 4, Random(0))
+        check_a_request_alone(broken, device, 0, torch.float32, (drawn, Batch([5, 4], [9, 0], 4)), (2, 1), Random(0))
 
 
-def check_chunks(attention, device, seed, dtype, query, context, heads, cut):
+def check_chunks(attention, device, seed, dtype, drawn, query, context, heads, cut):
+    """The rows before the cut while its keys are all there are, and those after it. A tree's bits count from its first row, so only the former;
+    without a causal mask rows look ahead, so only the latter."""
     whole = Batch([query], [context], 4, seed=seed)
-    q, k_cache, v_cache, _, _, table = problem(whole, seed, dtype, device, heads, 16)
-    want, want_lse = attention(q, k_cache, v_cache, *whole.metadata(device))
-    for first, last in ((0, cut), (cut, query)):
+    (q, k_cache, v_cache, _, _, table), options = problem(whole, seed, dtype, device, heads, 16, drawn)
+    want, want_lse = attention(q, k_cache, v_cache, *whole.metadata(device), **options)
+    for first, last in [(0, cut)] * drawn.causal + [(cut, query)] * (not drawn.tree):
         starts, lens = (torch.tensor(x, dtype=torch.int32, device=device) for x in ([0, last - first], [context + last]))
-        got, lse = attention(q[first:last].clone(), k_cache, v_cache, starts, lens, table)
+        mine = options | ({"tree_mask": options["tree_mask"][first:last]} if drawn.tree else {})
+        got, lse = attention(q[first:last].clone(), k_cache, v_cache, starts, lens, table, **mine)
         assert_same(got, want[first:last])
         assert_same(lse, want_lse[first:last])
 
 
-@given(seeds, dtypes, st.integers(2, 40), st.integers(0, 40), heads, st.data())
-def test_chunked_prefill_equals_whole(device, seed, dtype, query, context, heads, data):
+@given(seeds, dtypes, features(), st.integers(2, 24), st.integers(0, 40), binaries([(2, 2), (8, 1), (3, 1), (16, 1)]), st.data())
+def test_chunked_prefill_equals_whole(device, seed, dtype, drawn, query, context, heads, data):
     """And so append equals recompute: the last chunk may be one decoded token."""
-    check_chunks(room.attention, device, seed, dtype, query, context, heads, data.draw(st.integers(1, query - 1)))
+    check_chunks(room.attention, device, seed, dtype, drawn, query, context, heads, data.draw(st.integers(1, query - 1)))
 
 
-def restarts_positions(q, k_cache, v_cache, starts, lens, table):
-    return room.attention(q, k_cache, v_cache, starts, starts.diff(), table)
+def restarts_positions(q, k_cache, v_cache, starts, lens, table, **options):
+    return room.attention(q, k_cache, v_cache, starts, starts.diff(), table, **options)
 
 
-def sees_its_chunk(q, *rest):
-    return [t + 2**-20 * len(q) for t in room.attention(q, *rest)]
+def sees_its_chunk(q, *rest, **options):
+    return [t + 2**-20 * len(q) for t in room.attention(q, *rest, **options)]
 
 
-@pytest.mark.parametrize("broken", [restarts_positions, sees_its_chunk])
-def test_control_what_sees_its_chunk_is_caught(device, broken):
+@pytest.mark.parametrize("broken, drawn", [(restarts_positions, PLAIN), (restarts_positions, Features(causal=False)), (sees_its_chunk, PLAIN),
+                                           (sees_its_chunk, Features(causal=False)), (sees_its_chunk, Features(tree=True))])
+def test_control_what_sees_its_chunk_is_caught(device, broken, drawn):
     with pytest.raises(AssertionError, match="elements differ"):
-        check_chunks(broken, device, 0, torch.float32, 9, 0, (4, 2), 5)
+        check_chunks(broken, device, 0, torch.float32, drawn, 9, 0, (2, 1), 5)
 
 
-@given(seeds, dtypes, st.sampled_from([2, 3, 4]), batches(max_requests=3))
+@given(seeds, dtypes, st.sampled_from([2, 3]), batches(max_requests=2, max_query=5, page_sizes=SMALL_PAGES))
 def test_repeated_keys_equal_grouped_heads(device, seed, dtype, group, batch):
     """Within rounding: other tiles, so no promise of bits."""
-    arguments = problem(batch, seed, dtype, device, (2 * group, 2), 16)
+    arguments, _ = problem(batch, seed, dtype, device, (group, 1), 16)
     repeated = [c.repeat_interleave(group, 2) for c in arguments[1:3]]
     got = room.attention(arguments[0], *repeated, *arguments[3:])[0]
-    assert_close(got, twin.attention(*(t.double() for t in arguments[:3]), *arguments[3:])[0], twin.attention(*arguments)[0])
+    assert_close(got, twin.attention(*doubled(arguments))[0], twin.attention(*arguments)[0])
 
 
-def check_bad_data(attention, device, seed, dtype, batch, victim, length=None, page=None):
+def check_bad_data(attention, device, seed, dtype, case, victim, length=None, page=None):
     """The request `victim` gets this length, or this page as its first: its rows are NaN, and no other bit changes."""
-    arguments = problem(batch, seed, dtype, device, (4, 2), 16)
-    want = room.attention(*arguments)
+    drawn, batch = case
+    arguments, options = problem(batch, seed, dtype, device, (2, 1), 16, drawn)
+    want = room.attention(*arguments, **options)
     starts, lens, table = arguments[3:]
     if page is None:
         lens[victim] = length
@@ -209,89 +264,311 @@ def check_bad_data(attention, device, seed, dtype, batch, victim, length=None, p
         table[victim, 0] = page
     mine = torch.zeros(batch.T, dtype=torch.bool, device=device)
     mine[starts[victim]:starts[victim + 1]] = True
-    for got, clean in zip(attention(*arguments), want, strict=True):
+    for got, clean in zip(attention(*arguments, **options), want, strict=True):
         assert got[mine].isnan().all()
         assert_same(got[~mine], clean[~mine])
 
 
-@given(seeds, dtypes, batches(max_requests=3, empty=False), st.booleans(), st.data())
-def test_bad_data_stays_in_its_row(device, seed, dtype, batch, is_length, data):
-    victim = data.draw(st.sampled_from([r for r in range(batch.R) if batch.query_lens[r]]))
-    past = batch.W * batch.page_size + 1 if is_length else batch.N
-    bad = data.draw(st.one_of(st.integers(-2**31, -1), st.integers(past, 2**31 - 1)))
-    check_bad_data(room.attention, device, seed, dtype, batch, victim, **{"length" if is_length else "page": bad})
+@given(seeds, dtypes, cases(empty=False), st.booleans(), st.data())
+def test_bad_data_stays_in_its_row(device, seed, dtype, case, is_length, data):
+    """A length is bad past the table or below 0, and where rows look back only, below the number of query rows."""
+    drawn, batch = case
+    victim = data.draw(st.sampled_from(range(batch.R)).filter(lambda r: batch.query_lens[r] and (is_length or batch.lens[r])))
+    past, rows = batch.W * batch.page_size + 1 if is_length else batch.N, batch.query_lens[victim]
+    bad = st.integers(-2**31, -1) | st.integers(past, 2**31 - 1)
+    if is_length and drawn.causal and rows > 1:
+        bad |= st.integers(1, rows - 1)
+    check_bad_data(room.attention, device, seed, dtype, case, victim, **{"length" if is_length else "page": data.draw(bad)})
 
 
-def clamps_lengths(q, k_cache, v_cache, starts, lens, table):
-    return room.attention(q, k_cache, v_cache, starts, lens.clamp(max=table.shape[1] * k_cache.shape[1]), table)
+def clamps_lengths(q, k_cache, v_cache, starts, lens, table, **options):
+    most = table.shape[1] * k_cache.shape[1]
+    return room.attention(q, k_cache, v_cache, starts, torch.maximum(lens.clamp(max=most), starts.diff()), table, **options)
 
 
-def clamps_pages(q, k_cache, v_cache, starts, lens, table):
-    return room.attention(q, k_cache, v_cache, starts, lens, table.clamp(0, k_cache.shape[0] - 1))
+def clamps_pages(q, k_cache, v_cache, starts, lens, table, **options):
+    return room.attention(q, k_cache, v_cache, starts, lens, table.clamp(0, k_cache.shape[0] - 1), **options)
 
 
-def spills_to_the_next_row(*arguments):
-    return [torch.where(t.isnan().roll(1, 0), float("nan"), t) for t in room.attention(*arguments)]
+def spills_to_the_next_row(*arguments, **options):
+    return [torch.where(t.isnan().roll(1, 0), float("nan"), t) for t in room.attention(*arguments, **options)]
 
 
-@pytest.mark.parametrize("broken, bad", [(clamps_lengths, dict(length=2**31 - 1)), (clamps_pages, dict(page=-7)),
-                                         (spills_to_the_next_row, dict(length=-1)), (spills_to_the_next_row, dict(page=2**31 - 1))])
-def test_control_what_spreads_or_hides_bad_data_is_caught(device, broken, bad):
-    batch = Batch([2, 3], [9, 4], 4)
-    check_bad_data(room.attention, device, 0, torch.float16, batch, 0, **bad)
+@pytest.mark.parametrize("broken, bad, drawn", [
+    (clamps_lengths, dict(length=2**31 - 1), PLAIN), (clamps_lengths, dict(length=1), PLAIN), (clamps_pages, dict(page=-7), PLAIN),
+    (clamps_pages, dict(page=-7), ALL), (spills_to_the_next_row, dict(length=-1), ALL), (spills_to_the_next_row, dict(page=2**31 - 1), PLAIN)])
+def test_control_what_spreads_or_hides_bad_data_is_caught(device, broken, bad, drawn):
+    case = drawn, Batch([2, 3], [9, 4], 4)
+    check_bad_data(room.attention, device, 0, torch.float16, case, 0, **bad)
     with pytest.raises(AssertionError):
-        check_bad_data(broken, device, 0, torch.float16, batch, 0, **bad)
+        check_bad_data(broken, device, 0, torch.float16, case, 0, **bad)
 
 
-def check_any_cache_layout(attention, device, seed, dtype, batch):
-    """Heads before slots, and K and V as halves of one tensor: vLLM's and Hugging Face's views."""
-    q, k_cache, v_cache, *metadata = problem(batch, seed, dtype, device, (4, 2), 16)
-    want = room.attention(q, k_cache, v_cache, *metadata)
-    joint = torch.cat([k_cache, v_cache], -1).transpose(1, 2).contiguous().transpose(1, 2)
-    for views in (joint.split(16, -1), (k_cache.transpose(1, 2).contiguous().transpose(1, 2), v_cache)):
-        for got, clean in zip(attention(q, *views, *metadata), want, strict=True):
-            assert_same(got, clean)
+def check_any_cache_layout(attention, device, seed, dtype, case, are_halves):
+    """K and V as halves of one tensor, or heads before slots: vLLM's and Hugging Face's views."""
+    drawn, batch = case
+    (q, k_cache, v_cache, *metadata), options = problem(batch, seed, dtype, device, (2, 2), 16, drawn)
+    if are_halves:
+        views = torch.cat([k_cache, v_cache], -1).transpose(1, 2).contiguous().transpose(1, 2).split([16, v_cache.shape[-1]], -1)
+    else:
+        views = k_cache.transpose(1, 2).contiguous().transpose(1, 2), v_cache
+    for got, want in zip(attention(q, *views, *metadata, **options), room.attention(q, k_cache, v_cache, *metadata, **options), strict=True):
+        assert_same(got, want)
 
 
-@given(seeds, dtypes, batches())
-def test_any_cache_layout(device, seed, dtype, batch):
-    check_any_cache_layout(room.attention, device, seed, dtype, batch)
+@given(seeds, dtypes, cases(), st.booleans())
+def test_any_cache_layout(device, seed, dtype, case, are_halves):
+    check_any_cache_layout(room.attention, device, seed, dtype, case, are_halves)
 
 
-def test_ignored_strides_are_caught(device):
-    def dense(q, k_cache, v_cache, *metadata):
-        return room.attention(q, *(c.as_strided(c.shape, torch.empty(c.shape).stride()) for c in (k_cache, v_cache)), *metadata)
+@pytest.mark.parametrize("drawn, are_halves", [(PLAIN, True), (ALL, True), (ALL, False)])
+def test_ignored_strides_are_caught(device, drawn, are_halves):
+    def dense(q, k_cache, v_cache, *metadata, **options):
+        caches = (c.as_strided(c.shape, torch.empty(c.shape).stride()) for c in (k_cache, v_cache))
+        return room.attention(q, *caches, *metadata, **options)
 
     with pytest.raises(AssertionError, match="elements differ"):
-        check_any_cache_layout(dense, device, 0, torch.float16, Batch([1, 5], [30, 0], 4))
+        check_any_cache_layout(dense, device, 0, torch.float16, (drawn, Batch([1, 5], [30, 0], 4)), are_halves)
+
+
+def check_programs(attention, device, seed, dtype, case, heads, programs):
+    drawn, batch = case
+    arguments, options = problem(batch, seed, dtype, device, heads, 16, drawn)
+    for got, want in zip(attention(*arguments, **options, programs=programs), attention(*arguments, **options, programs=1), strict=True):
+        assert_same(got, want)
+
+
+@given(seeds, dtypes, cases(max_context=700, page_sizes=(16,)), binaries([(2, 1), (2, 2)], 1), st.sampled_from([2, 7, 32]))
+def test_programs_change_no_bit(device, seed, dtype, case, heads, programs):
+    check_programs(room.attention, device, seed, dtype, case, heads, programs)
+
+
+@pytest.mark.parametrize("programs", [2, 32])
+def test_control_what_sees_its_programs_is_caught(device, programs):
+    def broken(*arguments, programs, **options):
+        return [t + 2**-20 * programs for t in room.attention(*arguments, programs=programs, **options)]
+
+    with pytest.raises(AssertionError, match="elements differ"):
+        check_programs(broken, device, 0, torch.float32, (PLAIN, Batch([1], [9], 4)), (2, 1), programs)
+
+
+def unused_options(batch, H, device, slip):
+    """Pairs of options for the same bits: those that change nothing, and without them. With slip = 1 the former are a little off."""
+    longest, make = max(batch.lens), lambda *shape, value, dtype=torch.float32: torch.full(shape, value, dtype=dtype, device=device)
+    rows = torch.tensor([i for n in [*batch.query_lens, batch.T - batch.num_tokens] for i in range(n)], device=device)
+    chain = torch.where(rows < 63, (1 << (rows + 1).clamp(max=63)) - 1, -1)
+    slopes, capped = torch.linspace(0.1, 1, H, device=device), dict(softcap=1.5)
+    return {
+        "a window as long as the keys": (dict(window=(longest - 1 - slip, -1)), {}),
+        "a right window, causal": (dict(causal=not slip, window=(-1, 3)), {}),
+        "a right window of 0": (dict(causal=False, window=(5, slip)), dict(window=(5, -1))),
+        "a full right window": (dict(causal=False, window=(-1, longest - slip * longest)), dict(causal=False)),
+        "sinks of no weight": (dict(sinks=make(H, value=0.0 if slip else float("-inf"))), {}),
+        "a tree of ones": (dict(tree_mask=make(batch.T, value=-1 - slip, dtype=torch.int64)), {}),
+        "a chain": (dict(tree_mask=chain - slip), {}),
+        "slopes of 0": (capped | dict(alibi_slopes=make(H, value=0.1 * slip)), capped),
+        "slopes of equal requests": (dict(alibi_slopes=(slopes + slip).expand(batch.R, H).contiguous()), dict(alibi_slopes=slopes)),
+    }
+
+
+UNUSED = [*unused_options(Batch([1], [0], 1), 1, "cpu", 0)]
+
+
+def check_unused(attention, device, seed, dtype, batch, heads, name, slip=0):
+    used, unused = unused_options(batch, heads[0], device, slip)[name]
+    arguments, _ = problem(batch, seed, dtype, device, heads, 16)
+    for got, want in zip(attention(*arguments, **used), attention(*arguments, **unused), strict=True):
+        assert_same(got, want)
+
+
+@given(seeds, dtypes, batches(max_requests=2, max_query=20, page_sizes=SMALL_PAGES), binaries([(2, 1), (8, 1)], 1), st.sampled_from(UNUSED))
+def test_options_that_change_nothing(device, seed, dtype, batch, heads, name):
+    check_unused(room.attention, device, seed, dtype, batch, heads, name)
+
+
+@pytest.mark.parametrize("name", UNUSED)
+def test_control_options_that_change_something_are_caught(device, name):
+    batch = Batch([5, 1], [0, 9], 4, pads=1)
+    check_unused(room.attention, device, 0, torch.float32, batch, (2, 1), name)
+    with pytest.raises(AssertionError, match="elements differ"):
+        check_unused(room.attention, device, 0, torch.float32, batch, (2, 1), name, slip=1)
+
+
+def check_no_mask_on_decodes(device, seed, dtype, batch, heads):
+    arguments, _ = problem(batch, seed, dtype, device, heads, 16)
+    for got, want in zip(room.attention(*arguments, causal=False), room.attention(*arguments), strict=True):
+        assert_same(got, want)
+
+
+@given(seeds, dtypes, batches(max_requests=2, max_query=1, page_sizes=SMALL_PAGES), few_heads)
+def test_a_decode_needs_no_mask(device, seed, dtype, batch, heads):
+    check_no_mask_on_decodes(device, seed, dtype, batch, heads)
+
+
+def test_control_rows_that_need_a_mask_are_caught(device):
+    with pytest.raises(AssertionError, match="elements differ"):
+        check_no_mask_on_decodes(device, 0, torch.float32, Batch([2], [5], 4), (2, 1))
+
+
+def check_nearly_unused(attention, device, seed, dtype, batch, heads, option):
+    """An option that is hardly used: plain attention within rounding. All over caches of values that fp8 holds."""
+    (q, k_cache, v_cache, *metadata), _ = problem(batch, seed, dtype, device, heads, 16)
+    small = [k_cache.to(FP8), v_cache.to(FP8)]
+    arguments = (q, *(cache.to(dtype) for cache in small), *metadata)
+    if option == "scales":
+        one = torch.ones(1, device=device)
+        got = attention(q, *small, *metadata, k_scale=one, v_scale=one)
+    else:
+        got = attention(*arguments, **{"softcap": dict(softcap=1e4), "alibi": dict(alibi_slopes=torch.zeros(heads[0], device=device))}[option])
+    assert_close(got[0], twin.attention(*doubled(arguments))[0], twin.attention(*arguments)[0])
+
+
+@given(seeds, dtypes, batches(max_requests=2, max_query=5, page_sizes=SMALL_PAGES), few_heads, st.sampled_from(["softcap", "alibi", "scales"]))
+def test_options_that_change_next_to_nothing(device, seed, dtype, batch, heads, option):
+    check_nearly_unused(room.attention, device, seed, dtype, batch, heads, option)
+
+
+@pytest.mark.parametrize("option", ["softcap", "alibi", "scales"])
+def test_control_options_that_change_a_little_are_caught(device, option):
+    def broken(*arguments, softcap=0.0, alibi_slopes=None, k_scale=None, v_scale=None):
+        return room.attention(*arguments, softcap=softcap / 1e3, alibi_slopes=None if alibi_slopes is None else alibi_slopes + 0.01,
+                              k_scale=k_scale, v_scale=None if v_scale is None else v_scale + 0.01)
+
+    with pytest.raises(AssertionError, match=r"relative RMS error|greatest error"):
+        check_nearly_unused(broken, device, 0, torch.float16, Batch([1, 2], [20, 30], 4), (2, 1), option)
+
+
+@st.composite
+def trees(draw, max_nodes=12):
+    """For each node of a tree its parent, -1 for a root."""
+    return [draw(st.integers(-1, i - 1)) for i in range(draw(st.integers(1, max_nodes)))]
+
+
+def path_to(tree, i):
+    return [] if i < 0 else path_to(tree, tree[i]) + [i]
+
+
+def check_trees(attention, device, seed, dtype, contexts, trees, heads):
+    """A row of a tree equals the decode of its own path, within rounding: keys of the path stand in other places. Pages of one slot make a
+    path a block table."""
+    batch = Batch([len(tree) for tree in trees], contexts, 1, pads=2, seed=seed)
+    (q, k_cache, v_cache, *metadata), _ = problem(batch, seed, dtype, device, heads, 16)
+    paths = [path_to(tree, i) for tree in trees for i in range(len(tree))]
+    mask = torch.tensor([sum(1 << j for j in path) for path in paths] + [0, 0], device=device)
+    got = attention(q, k_cache, v_cache, *metadata, tree_mask=mask)
+    tables = [[batch.pages[r][j] for j in [*range(context), *(context + j for j in path_to(tree, i))]]
+              for r, (context, tree) in enumerate(zip(contexts, trees, strict=True)) for i in range(len(tree))]
+    lens = [len(table) for table in tables]
+    decodes = range(len(tables) + 1), lens, [table + [0] * (max(lens) - len(table)) for table in tables]
+    arguments = q[:batch.num_tokens], k_cache, v_cache, *(torch.tensor(x, dtype=torch.int32, device=device) for x in decodes)
+    for result, want, plain in zip(got, twin.attention(*doubled(arguments)), twin.attention(*arguments), strict=True):
+        assert_close(result[:batch.num_tokens], want, plain)
+
+
+@given(seeds, dtypes, st.lists(st.tuples(st.integers(0, 40), trees()), min_size=1, max_size=2), few_heads)
+def test_a_row_of_a_tree_sees_its_path(device, seed, dtype, requests, heads):
+    check_trees(room.attention, device, seed, dtype, *map(list, zip(*requests, strict=True)), heads)
+
+
+def sees_siblings(*arguments, tree_mask):
+    return room.attention(*arguments)
+
+
+def sees_its_parent_only(*arguments, tree_mask):
+    return room.attention(*arguments, tree_mask=tree_mask & ~1)
+
+
+def counts_from_the_batch(*arguments, tree_mask):
+    return room.attention(*arguments, tree_mask=tree_mask << 1)
+
+
+@pytest.mark.parametrize("broken", [sees_siblings, sees_its_parent_only, counts_from_the_batch])
+def test_control_a_row_that_leaves_its_path_is_caught(device, broken):
+    requests = [3, 10], [[-1, 0, 0, 1], [-1, -1, 0]]
+    check_trees(room.attention, device, 0, torch.float16, *requests, (2, 1))
+    with pytest.raises(AssertionError, match=r"relative RMS error|greatest error|infinities differ"):
+        check_trees(broken, device, 0, torch.float16, *requests, (2, 1))
+
+
+# (rows, keys) of requests that share their pages, the first tall; keys that a row sees before itself; programs
+BOUNDARIES = {
+    "one segment and two": ([(24, 520), (3, 514), (1, 511), (1, 512), (1, 513)], -1, (7, 1, 132)),
+    "two segments and three": ([(24, 1032), (1, 1024)], -1, (7,)),
+    "two spans in sight": ([(40, 8200), (3, 8194), (1, 8191), (1, 8192), (1, 8193)], 600, (1, 132)),
+    "all of two spans": ([(20, 9000), (1, 9000)], -1, (7,)),
+}
+
+
+def check_boundaries(attention, device, requests, left, programs):
+    """Chunk, verify and decodes over the same keys: against the twin, and the same bits at the same position, also in a launch of their own
+    and whatever the number of programs."""
+    longest, options = max(keys for _, keys in requests), dict(window=(left, -1))
+    (q, k_cache, v_cache, _, _, table), _ = problem(Batch([longest], [0], 16), 0, torch.float16, device, (4, 1), 16)
+    at = [position for rows, keys in requests for position in range(keys - rows, keys)]
+    starts = [sum(rows for rows, _ in requests[:i]) for i in range(len(requests) + 1)]
+    starts, lens = (torch.tensor(x, dtype=torch.int32, device=device) for x in (starts, [keys for _, keys in requests]))
+    arguments = q[at], k_cache, v_cache, starts, lens, table.expand(len(requests), -1).contiguous()
+    first, *others = (attention(*arguments, **options, programs=count) for count in programs)
+    decode = attention(arguments[0][-1:].clone(), k_cache, v_cache, starts.new_tensor([0, 1]), lens[-1:].clone(), table, **options, programs=33)
+    wants = twin.attention(*doubled(arguments), **options), twin.attention(*arguments, **options)
+    for got, want, plain, alone, *rest in zip(first, *wants, decode, *others, strict=True):
+        assert_same(got, got[[at.index(position) for position in at]])              # the chunk's row of that position
+        assert_same(alone, got[-1:])
+        for other in rest:
+            assert_same(other, got)
+        assert_close(got, want, plain)
+
+
+@pytest.mark.parametrize("requests, left, programs", BOUNDARIES.values(), ids=BOUNDARIES)
+def test_segments_and_spans_change_no_bit(device, requests, left, programs):
+    check_boundaries(room.attention, device, requests, left, programs)
+
+
+def sees_its_request(q, k_cache, v_cache, starts, *rest, **options):
+    rows = starts.diff().repeat_interleave(starts.diff())
+    return [t + 2**-10 * rows.view(-1, *[1] * (t.dim() - 1)) for t in room.attention(q, k_cache, v_cache, starts, *rest, **options)]
+
+
+def sees_its_programs(*arguments, programs, **options):
+    return [t + 2**-10 * (programs == 132) for t in room.attention(*arguments, programs=programs, **options)]
+
+
+def starts_late(*arguments, window, **options):
+    return room.attention(*arguments, window=(500, -1), **options)
+
+
+@pytest.mark.parametrize("broken, words", [(sees_its_request, "elements differ"), (sees_its_programs, "elements differ"),
+                                           (starts_late, r"relative RMS error|greatest error")])
+def test_control_bits_that_change_at_a_boundary_are_caught(device, broken, words):
+    with pytest.raises(AssertionError, match=words):
+        check_boundaries(broken, device, [(17, 520), (1, 512)], 600, (7, 132))
 
 
 def test_no_tokens_at_all(device):
     batch = Batch([0, 0], [0, 0], 4)
-    out, lse = room.attention(*problem(batch, 0, torch.float16, device, (4, 2), 16))
+    out, lse = room.attention(*problem(batch, 0, torch.float16, device, (4, 2), 16)[0])
     assert out.shape == (0, 4, 16) and lse.shape == (0, 4)
 
 
 def test_control_a_key_too_many_is_seen(device):
     """Negative control of the comparison: one key past the length, on long rows, where loose tolerances are blind."""
     batch = Batch([1, 1], [2000, 523], 16)
-    arguments = problem(batch, 3, torch.float16, device, (4, 2), 64, poison=0.5)
+    arguments, _ = problem(batch, 3, torch.float16, device, (2, 1), 64, poison=0.5)
     longer = (*arguments[:4], arguments[4] + 1, arguments[5])
-    want = twin.attention(*(t.double() for t in arguments[:3]), *arguments[3:])[0]
+    want = twin.attention(*doubled(arguments))[0]
     with pytest.raises(AssertionError, match=r"relative RMS error|greatest error"):
         assert_close(room.attention(*longer)[0], want, twin.attention(*arguments)[0])
 
 
-FAR_DIMS = [("q", 0), ("q", 1), ("k_cache", 0), ("k_cache", 1), ("k_cache", 2), ("v_cache", 0), ("v_cache", 1), ("v_cache", 2)]
+FAR_DIMS = [(name, dim) for name, dims in dict(q=2, k_cache=3, v_cache=3, alibi_slopes=1).items() for dim in range(dims)]
 
 
 def check_far(attention, device, name, dim):
-    """The same bits from a tensor whose last token, head, page or slot lies past element 2^31."""
-    batch = Batch([3, 1], [20, 7], 9)
-    arguments = dict(zip(NAMES, problem(batch, 0, torch.float16, device, (6, 3), 16), strict=True))
-    want = room.attention(**arguments)
-    for got, near in zip(attention(**arguments | {name: far(arguments[name], dim)}), want, strict=True):
-        assert_same(got, near)
+    """The same bits from a tensor whose last token, head, page, slot or request lies past element 2^31."""
+    arguments, options = problem(Batch([3, 1], [20, 7], 9), 0, torch.float16, device, (2, 2), 16, Features(alibi=2))
+    near = dict(zip(NAMES, arguments, strict=True)) | options
+    for got, want in zip(attention(**near | {name: far(near[name], dim)}), room.attention(**near), strict=True):
+        assert_same(got, want)
 
 
 @pytest.mark.parametrize("name, dim", FAR_DIMS)
@@ -339,10 +616,17 @@ def test_control_a_wrapped_page_is_caught(device):
     (dict(q=torch.zeros(3, 4, 16, dtype=torch.float16)), TypeError, "k_cache: got torch.float32, expected torch.float16"),
     (dict(block_table=torch.zeros(2, 2, dtype=torch.int64)), TypeError, "block_table: got torch.int64"),
     (dict(v_cache=torch.zeros(4, 4, 16, 2).transpose(2, 3)), ValueError, "v_cache: got strides"),
+    (dict(sinks=torch.zeros(2)), ValueError, r"sinks: got shape \[2\], expected \[4\]"),
+    (dict(alibi_slopes=torch.zeros(3, 4)), ValueError, r"alibi_slopes: got shape \[3, 4\], expected \[2, 4\]"),
+    (dict(tree_mask=torch.zeros(3, dtype=torch.int32)), TypeError, "tree_mask: got torch.int32, expected torch.int64"),
+    (dict(tree_mask=torch.zeros(3, dtype=torch.int64), causal=False), ValueError, "tree_mask: got causal=False"),
+    (dict(k_scale=torch.ones(1), v_scale=torch.ones(1)), TypeError, "k_cache: got torch.float32, expected torch.float8_e4m3fn"),
+    (dict(k_cache=torch.zeros(4, 4, 2, 16).to(FP8)), TypeError, "k_cache: got torch.float8_e4m3fn, expected torch.float32"),
+    (dict(k_cache=torch.zeros(4, 4, 2, 16).to(FP8), v_cache=torch.zeros(4, 4, 2, 16).to(FP8), k_scale=torch.ones(2)), TypeError, "v_scale: got None"),
+    (dict(softcap=-1.0), ValueError, "softcap: got -1.0"),
 ])
 def test_misuse_is_named(device, change, error, words):
-    batch = Batch([2, 1], [0, 3], 4)
-    arguments = dict(zip(NAMES, problem(batch, 0, torch.float32, device, (4, 2), 16), strict=True))
+    arguments = dict(zip(NAMES, problem(Batch([2, 1], [0, 3], 4), 0, torch.float32, device, (4, 2), 16)[0], strict=True))
     arguments["k_cache"], arguments["v_cache"] = (torch.zeros(4, 4, 2, 16, device=device) for _ in range(2))
     with pytest.raises(error, match=words):
-        room.attention(**arguments | {k: v.to(device) for k, v in change.items()})
+        room.attention(**arguments | {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in change.items()})

@@ -20,11 +20,12 @@ import reference.llama as reference_llama
 import reference.sampling as reference_sampling
 from gkernels import ops
 from gkernels.graph import Buckets
+from gkernels.model.cache import PagedCache
 from gkernels.model.config import LlamaConfig
 from gkernels.model.engine import Engine, Event, Sampling
 from gkernels.model.llama import Llama
 from gkernels.model.load import random_weights, views
-from gkernels.model.step import Row
+from gkernels.model.step import Row, Step
 from tests.close import assert_same
 from tests.strategies_model import tiny_config
 
@@ -237,6 +238,39 @@ def test_a_row_that_sees_its_company_is_caught(device):
     m = build(device)
     with pytest.raises(AssertionError):
         check_logits(Mixed(m.config, m.weights, m.cos_sin), device, 5, 2, [1, 2], 16, 0)
+
+
+def check_turns(kind, device):
+    """Buckets with room for tall requests and without take turns in one workspace: what its states held changes no bit, its counters end as zeros."""
+    m = build(device)
+    c = m.config
+    s = kind(m, PagedCache.allocate(c.num_layers, 9, 4, c.num_kv_heads, c.head_dim, torch.float32, device), 16, 4, MAX_LEN)
+    s.stage([Row(p, len(p), [1 + i]) for i, p in enumerate(prompts(2, 1))])
+    both = [s.workspace(s.tiling(bucket)) for bucket in (4, 16)]
+    assert both[0].states.data_ptr() == both[1].states.data_ptr()
+    assert [s.tiling(bucket).has_tall for bucket in (4, 16)] == [False, True]
+    seen = []
+    for bucket in (4, 16, 4, 16):
+        for w in both:
+            w.states.fill_(float("nan"))
+        seen.append(s(bucket)[:2].clone())
+        assert not any(w.counters.any() for w in both)
+    for logits in seen[1:]:
+        assert_same(logits, seen[0])
+
+
+def test_buckets_take_turns_in_one_workspace(device):
+    check_turns(Step, device)
+
+
+def test_counters_that_are_left_are_caught(device):
+    class Dirty(Step):
+        def __call__(self, bucket):
+            self.workspace(self.tiling(bucket)).counters.fill_(1)
+            return super().__call__(bucket)
+
+    with pytest.raises(AssertionError):
+        check_turns(Dirty, device)
 
 
 engine_options = st.fixed_dictionaries(dict(max_tokens=st.sampled_from([4, 7, 16]), page_size=st.sampled_from([1, 3, 4, 16]),

@@ -78,8 +78,9 @@ def random_rows(seed):
 
 
 def poison(step, outputs, bucket=T):
-    """NaN and junk over every output, and junk over the whole plan, which the schedule must fill again."""
+    """NaN and junk over every output and over attention's scratch, and junk over the whole plan, which the schedule must fill again."""
     outputs.fill_(float("nan"))
+    step.workspace(step.tiling(bucket)).states.fill_(float("nan"))
     for t in (*tensors_in(step.plan(bucket)), step.results):
         t.fill_(-123456)
 

@@ -17,7 +17,7 @@ from gkernels.model.llama import Llama
 from gkernels.model.load import random_weights
 from gkernels.model.step import Row, Step
 from tests.close import assert_close
-from tests.strategies import Batch, counter, randn
+from tests.strategies import Batch, Features, counter, randn
 
 pytestmark = pytest.mark.gpu
 TOKENS = [1, 3, 8, 17, 64, 200, 300]
@@ -54,19 +54,34 @@ def test_rows(device, D, dtype):
     assert torch.equal(ops.embedding(ids, x[:, :D]), x[ids.long(), :D])
 
 
+def check_attention(device, H, K, D, dtype, drawn=Features()):
+    batch = Batch([1, 70, 300, 1], [1000, 500, 0, 3000], 16, pads=12)
+    n, q = batch.num_tokens, randn(1, batch.T, H, D, dtype=dtype, device=device)
+    caches, metadata, options = batch.caches(K, D, dtype, device, float("nan"), drawn.DV), batch.metadata(device), drawn.options(batch, H, K, device)
+    if drawn.scales:
+        caches = [cache.to(torch.float8_e4m3fn) for cache in caches]
+    results = ops.attention(q, *caches, *metadata, **options)
+    wide = reference.attention.attention(q.double(), *(c.double() for c in caches), *metadata, **options)
+    plain = reference.attention.attention(q, *caches, *metadata, **options)
+    for got, want, simple, terms in zip(results, wide, plain, (0, D), strict=True):        # lse is float32 of sums of D terms on tensor cores
+        assert_close(got[:n], want[:n], simple[:n], tensor_core_terms=terms)
+    return q
+
+
+@pytest.mark.parametrize("H, K, D, drawn", [
+    (64, 8, 64, Features(window=(127, -1), sinks=True)), (16, 8, 256, Features(window=(1023, -1), softcap=50.0)), (16, 16, 192, Features(DV=128)),
+    (32, 32, 128, Features(alibi=1)), (32, 8, 128, Features(scales=2)), (32, 8, 128, Features(tree=True)), (16, 16, 80, Features(causal=False))],
+    ids=["gpt-oss", "gemma-2", "deepseek", "bloom", "fp8", "tree", "encoder"])
+def test_attention_of_other_models(device, H, K, D, drawn):
+    check_attention(device, H, K, D, torch.bfloat16, drawn)
+
+
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("D", [64, 128])
 def test_rotary_and_attention(device, D, dtype):
-    batch, H, K = Batch([1, 70, 300, 1], [1000, 500, 0, 3000], 16, pads=12), 32, 8
-    q = randn(1, batch.T, H, D, dtype=dtype, device=device)
-    caches, metadata = batch.caches(K, D, dtype, device, float("nan")), batch.metadata(device)
-    got, lse = ops.attention(q, *caches, *metadata)
-    want, want_lse = reference.attention.attention(q.double(), *(c.double() for c in caches), *metadata)
-    plain, plain_lse = reference.attention.attention(q, *caches, *metadata)
-    assert_close(got[:batch.num_tokens], want[:batch.num_tokens], plain[:batch.num_tokens])
-    assert_close(lse[:batch.num_tokens], want_lse[:batch.num_tokens], plain_lse[:batch.num_tokens])
+    q, K = check_attention(device, 32, 8, D, dtype), 8
     cos_sin = ops.cos_sin_table(D, 4096, 5e5, device=device)
-    positions = torch.arange(batch.T, dtype=torch.int32, device=device) * 9
+    positions = torch.arange(len(q), dtype=torch.int32, device=device) * 9
     turned = ops.rotary(q, q[:, :K], positions, cos_sin)
     wide = reference.rotary.rotary(q.double(), q[:, :K].double(), positions, cos_sin.double())
     for got, want, plain in zip(turned, wide, reference.rotary.rotary(q, q[:, :K], positions, cos_sin), strict=True):

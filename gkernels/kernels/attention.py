@@ -1,163 +1,233 @@
-"""Paged causal attention for any mix of prefill chunks, decodes and short verify rows, in one launch of a fixed grid.
+"""Paged attention for any mix of prefill chunks, decodes and speculative rows, in one launch of a fixed grid.
 
-out = softmax(scale * q k^T + causal mask) v over each request's pages, with grouped query heads (H = G * K, any G from 1 to 16).
-q [T, H, D]; k_cache, v_cache [N, P, K, D] with any strides but a contiguous last dimension; block_table int32 [R, W]; items and num_items
-from `schedule`. -> out [T, H, D], and lse [T, H] float32 (natural log of the sum of exponentials) where asked for.
-One program an item and KV head: a tile of BLOCK_Q query rows times the G heads of a group runs over the keys from absolute position 0 in
-steps of BLOCK_N (Dao 2023, arXiv 2307.08691), so a row's bits depend on its own request alone: not on the batch, the bucket, the chunking
-or the page layout. Pad rows are zeros with lse -inf; rows of a request with bad lengths or pages are NaN. Keys that are not live are never
-read; but a value of the request's own that is not finite spoils every row of its tile, also rows before it (0 times NaN).
-It does not: split one row's keys over programs, mask by window or tree, or scale fp8 caches.
+out = softmax(scale * q k^T + mask) v over each request's pages, with grouped query heads (H = G * K, any G from 1 to 16).
+q [T, H, D]; k_cache [N, P, K, D] and v_cache [N, P, K, DV] with any strides but a contiguous last dimension; block_table int32 [R, W];
+`work` from `schedule`. -> out [T, H, DV], and lse [T, H] float32 (natural log of the sum of exponentials) where asked for.
+
+A row's keys are cut at absolute positions: tiles of BLOCK_N, segments of SEGMENT, spans of SPAN tokens. Within a segment the softmax is
+online (Dao 2023, arXiv 2307.08691); segments are folded into their span in order, spans into the row in order. Who computes which segment
+is free, so a row's bits depend on its own request alone: not on the batch, the bucket, the chunking, the page layout or the number of programs.
+Short requests (decode, verify) are runs of (head, segment) pairs streamed through one loop; where a run ends inside a span, the last program
+to arrive there folds the parts. Tall ones (prefill) are tiles of BLOCK_M rows over all their keys, or over one span where those tiles are few.
+Pad rows are zeros with lse -inf; rows of a request with bad lengths or pages are NaN. Keys that are not live are never read; but a value of
+the request's own that is not finite spoils every row of its tile, also rows before it (0 times NaN).
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 import triton
-import triton.language as tl
 
 from . import _check
-from .schedule import max_items, schedule
+from ._attention import _attention_kernel
+from .schedule import RECORD, RUN_SEGMENTS, RUN_SPANS, Tiling, schedule
 
 LOG2_E = 1.4426950408889634
 MAX_GROUP = 16
 
 
-@triton.jit(do_not_specialize=["T", "R", "W", "N", "stride_br"], do_not_specialize_on_alignment=["num_items_ptr"])
-def _attention_kernel(
-    q_ptr,             # [T, H, D]
-    k_cache_ptr,       # [N, P, K, D]
-    v_cache_ptr,       # [N, P, K, D]
-    block_table_ptr,   # [R, W]
-    items_ptr,         # [I, 4]: request or -1, first token, rows, position of the first row or -1
-    num_items_ptr,     # [1]
-    out_ptr,           # [T, H, D]
-    lse_ptr,           # [T, H] float32, or None
-    scale_log2,        # softmax scale times log2(e)
-    stride_qt, stride_qh, stride_kn, stride_kp, stride_kh, stride_vn, stride_vp, stride_vh, stride_br, stride_ot, stride_oh, stride_lt,
-    T, R, W, N,
-    G: tl.constexpr, D: tl.constexpr, P: tl.constexpr, PRECISION: tl.constexpr, HAS_LSE: tl.constexpr,
-    GROUP: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
-):
-    if tl.program_id(0) >= tl.load(num_items_ptr):
-        return
-    item = items_ptr + tl.program_id(0).to(tl.int64) * 4
-    request, first_token, rows, position = tl.load(item), tl.load(item + 1), tl.load(item + 2), tl.load(item + 3)
-    kv_head = tl.program_id(1)
-    offs_m, offs_n, offs_d = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
-    row, member = offs_m // GROUP, offs_m % GROUP                                     # [BLOCK_M]: the group's heads lie side by side
-    token, head = first_token.to(tl.int64) + row, (kv_head * G + member).to(tl.int64)
-    live = (row < rows) & (member < G) & (token >= 0) & (token < T)
-    mask_md = live[:, None] & (offs_d < D)[None, :]
-    out = out_ptr + token[:, None] * stride_ot + head[:, None] * stride_oh + offs_d[None, :]
+@dataclass(frozen=True)
+class Config:
+    """Tiles from the model's constants. BLOCK_N, SEGMENT and SPAN decide bits: the same for every launch of a model. All else is free."""
 
-    stop = position.to(tl.int64) + rows                                               # keys that the tile's last row sees
-    good = (position >= 0) & (rows > 0) & (request < R) & (stop <= W.to(tl.int64) * P)
-    if (request < 0) | (good == 0):
-        fill = tl.where(request < 0, 0.0, float("nan"))
-        tl.store(out, (tl.zeros((BLOCK_M, BLOCK_D), tl.float32) + fill).to(out_ptr.dtype.element_ty), mask_md)
-        if HAS_LSE:
-            tl.store(lse_ptr + token * stride_lt + head, tl.zeros((BLOCK_M,), tl.float32) + tl.where(request < 0, float("-inf"), fill), live)
-        return
+    SEGMENT: int
+    SPAN: int
+    BLOCK_N: int
+    SHORT_M: int
+    TALL_M: int
+    num_stages: int
+    num_warps: int
+    programs: int            # a multiprocessor
 
-    q = tl.load(q_ptr + token[:, None] * stride_qt + head[:, None] * stride_qh + offs_d[None, :], mask_md, other=0.0)   # [BLOCK_M, BLOCK_D]
-    table = block_table_ptr + request.to(tl.int64) * stride_br
-    k_head, v_head = k_cache_ptr + kv_head.to(tl.int64) * stride_kh, v_cache_ptr + kv_head.to(tl.int64) * stride_vh
-    m_i, l_i = tl.full((BLOCK_M,), float("-inf"), tl.float32), tl.zeros((BLOCK_M,), tl.float32)
-    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    bad_pages = tl.zeros((BLOCK_N,), tl.int32)
-    kv_len = stop.to(tl.int32)
-    for n in tl.range(0, kv_len, BLOCK_N, num_stages=STAGES):
-        key = n + offs_n                                                              # [BLOCK_N]: positions
-        seen = key < kv_len
-        page = tl.load(table + key // P, seen, other=0)
-        bad_pages |= ((page < 0) | (page >= N)).to(tl.int32)
-        page = tl.where((page >= 0) & (page < N), page, 0).to(tl.int64)
-        slot = (key % P).to(tl.int64)
-        mask_nd = seen[:, None] & (offs_d < D)[None, :]
-        k = tl.load(k_head + page[:, None] * stride_kn + slot[:, None] * stride_kp + offs_d[None, :], mask_nd, other=0.0)
-        v = tl.load(v_head + page[:, None] * stride_vn + slot[:, None] * stride_vp + offs_d[None, :], mask_nd, other=0.0)
-        s = tl.dot(q, k.T, input_precision=PRECISION) * scale_log2                    # [BLOCK_M, BLOCK_N]
-        s = tl.where(key[None, :] <= (position + row)[:, None], s, float("-inf"))
-        m_new = tl.maximum(m_i, tl.max(s, 1))
-        p, alpha = tl.exp2(s - m_new[:, None]), tl.exp2(m_i - m_new)
-        acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
-        l_i = l_i * alpha + tl.sum(p, 1)
-        m_i = m_new
 
-    poison = tl.where(tl.max(bad_pages) > 0, float("nan"), 0.0)
-    tl.store(out, (acc / l_i[:, None] + poison).to(out_ptr.dtype.element_ty), mask_md)
-    if HAS_LSE:
-        tl.store(lse_ptr + token * stride_lt + head, (m_i + tl.log2(l_i)) / 1.4426950408889634 + poison, live)
+def config(D: int, DV: int, dtype: torch.dtype) -> Config:
+    wide, target = max(D, DV), None if _check.INTERPRETED else triton.runtime.driver.active.get_current_target()
+    if dtype == torch.float32:                       # exact products run on the scalar units: small tiles keep registers free
+        return Config(512, 16, 32 if wide <= 64 else 16, 16, 16, 1, 4 if wide <= 64 else 8, 1)
+    if wide > 128:
+        return Config(512, 16, 32, 16, 16, 2, 4, 2)
+    # Hopper's 64-row products take keys and values from shared memory; elsewhere they pass through registers, and a tall tile has to leave room.
+    # Two programs of 3 stages fill the shared memory of a data-center GPU (228 KiB), one the 99 KiB of others; AMD's has 64 KiB.
+    hopper = target is None or (target.backend == "cuda" and target.arch // 10 == 9)
+    small = target is not None and (target.backend != "cuda" or target.arch not in (80, 90, 100, 103))
+    return Config(512, 16, 64, 16, 64 if hopper else 16, 2 if small else 3, 4, 2)
 
 
 @dataclass(frozen=True)
-class Config:
-    BLOCK_Q: int     # query rows of one item: what `schedule` cuts requests into
-    BLOCK_M: int     # query rows times the group, padded to a power of two
+class Launch:
+    """All that is static about a launch of the kernel, as one constant."""
+
+    K: int
+    G: int
+    GROUP: int               # G padded to a power of two
+    TWINS: bool              # k_cache and v_cache have the same strides: one address calculation serves both
+    WIDE: bool               # offsets within a page pass 32 bits
+    ALIGN: int               # divides every stride of the caches, up to 16
+    D: int
+    DV: int
+    BLOCK_D: int
+    BLOCK_DV: int
+    P: int
+    RECORD: int
+    RUN_SEGMENTS: int
+    RUN_SPANS: int
+    RUNS: int
+    SHORT_M: int
+    SHORT_STATE: int         # float32 of a short tile's state
+    TALL_M: int
+    TALL_STATE: int
+    PART: int                # rows of a tall tile that are folded at a time
+    TALL_SLOTS: int
+    FILL_H: int
+    SEGMENT: int
+    SPAN: int
     BLOCK_N: int
-    STAGES: int
-    num_warps: int
+    PRECISION: str
+    HAS_TALL: bool
+    HAS_LEFT: bool
+    HAS_RIGHT: bool
+    HAS_CAP: bool
+    HAS_SINK: bool
+    HAS_ALIBI: bool
+    HAS_TREE: bool
+    HAS_SCALE: bool
+    HAS_LSE: bool
 
 
-def config(G: int, D: int, dtype: torch.dtype) -> Config:
-    """Tiles from the model's constants alone: a change of tile is a change of bits, so no capacity and no length may decide it."""
-    group = triton.next_power_of_2(G)
-    if dtype == torch.float32:                       # exact products run on the scalar units: small tiles keep registers free
-        block_m, block_n, stages, warps = 16, 32 if D <= 64 else 16, 1, 4 if D <= 64 else 8
-    else:
-        block_m, block_n, stages, warps = 64, 64 if D <= 64 else 32, 2, 4 if D <= 128 else 8
-    return Config(block_m // group, block_m, block_n, stages, warps)
+def _block(D: int) -> int:
+    return max(triton.next_power_of_2(D), 16)
 
 
-def _check_ranks(q, k_cache):
-    _check.require(q.dim() == 3 and k_cache.dim() == 4, "attention", "q, k_cache", f"{q.dim()} and {k_cache.dim()} dimensions",
-                   "[T, H, D] and [N, P, K, D]")
+def _check_ranks(q, k_cache, v_cache):
+    _check.require(q.dim() == 3 and k_cache.dim() == 4 and v_cache.dim() == 4, "attention", "q, k_cache, v_cache",
+                   f"{q.dim()}, {k_cache.dim()} and {v_cache.dim()} dimensions", "[T, H, D], [N, P, K, D] and [N, P, K, DV]")
 
 
-def attention_out(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, block_table: torch.Tensor, items: torch.Tensor,
-                  num_items: torch.Tensor, out: torch.Tensor, lse: torch.Tensor | None = None, scale: float | None = None) -> None:
-    """Writes attention to `out` and, where given, log-sum-exp to `lse`. scale defaults to D ** -0.5; shapes as in the module.
-    `items` must have been cut with this op's BLOCK_Q. Raises ValueError or TypeError on shapes, strides or dtypes that do not fit."""
-    _check_ranks(q, k_cache)
-    (T, H, D), (N, P, K, _), R = q.shape, k_cache.shape, block_table.shape[0]
-    _check.require(N >= 1, "attention", "k_cache", "no pages", "at least the null page")
+def _group(H: int, K: int) -> int:
     _check.require(K >= 1 and H % K == 0 and 1 <= H // K <= MAX_GROUP, "attention", "q", f"{H} query heads for {K} KV heads",
                    f"a multiple of the KV heads, at most {MAX_GROUP} times as many")
-    _check.require(1 <= D <= 256, "attention", "q", f"D = {D}", "1 to 256")
+    return H // K
+
+
+def tiling(T: int, R: int, H: int, K: int, D: int, DV: int, dtype: torch.dtype, device: torch.device | str, causal: bool = True,
+           window: tuple[int, int] = (-1, -1), programs: int | None = None) -> Tiling:
+    """How `schedule` is to cut requests for this op at these capacities. `programs` is the launch's grid, by default what fills the device;
+    no result depends on it. `window` only spares work: a work list made without it serves too."""
+    group, has_tall = triton.next_power_of_2(_group(H, K)), T > R
+    c = config(D, DV, dtype)
+    if programs is None:
+        device = torch.device(device)
+        multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+        programs = multiprocessors * c.programs
+    runs, tall_slots = (2 * programs, 2 * programs) if has_tall else (programs, 0)
+    row = _block(DV) + 2                             # float32 of a state's row: acc, m, l
+    states = runs * (RUN_SEGMENTS + RUN_SPANS) * c.SHORT_M * row + (tall_slots + 2 * programs if has_tall else 0) * c.TALL_M * row
+    return Tiling(K, c.SHORT_M // group, c.TALL_M // group, 64 // group, has_tall, c.SEGMENT, c.SPAN, programs, runs, tall_slots,
+                  states, 4 + 2 * runs + tall_slots, causal, window[0])
+
+
+_tiling = tiling                                     # for functions with an argument of that name
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """Scratch of launches that follow each other in one stream. It grows with the launch's programs, not with the longest context."""
+
+    states: torch.Tensor      # float32: states of what several programs compute
+    counters: torch.Tensor    # int32, zeros between launches
+
+    @classmethod
+    def allocate(cls, tiling: Tiling, device: torch.device | str) -> Workspace:
+        return cls(torch.empty(tiling.states, dtype=torch.float32, device=device), torch.zeros(tiling.counters, dtype=torch.int32, device=device))
+
+
+def attention_out(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, block_table: torch.Tensor, work: torch.Tensor,
+                  workspace: Workspace, out: torch.Tensor, lse: torch.Tensor | None = None, scale: float | None = None, *,
+                  causal: bool = True, window: tuple[int, int] = (-1, -1), softcap: float = 0.0, sinks: torch.Tensor | None = None,
+                  alibi_slopes: torch.Tensor | None = None, tree_mask: torch.Tensor | None = None, k_scale: torch.Tensor | None = None,
+                  v_scale: torch.Tensor | None = None, tiling: Tiling | None = None) -> None:
+    """Writes attention to `out` and, where given, log-sum-exp to `lse`; shapes as in the module. `work` comes from `schedule` with this `tiling`,
+    by default that of the capacities.
+
+    Row i of a request of n keys and m rows has position p = n - m + i and sees the keys j with p - window[0] <= j <= p + window[1], a negative
+    bound meaning none; causal is window[1] = 0. scale defaults to D ** -0.5. softcap c > 0: logits become c tanh(logit / c).
+    sinks float32 [H]: one more logit a head, without a value. alibi_slopes float32 [H] or [R, H]: logit - slope |p - j|.
+    tree_mask int64 [T], causal only: bit j of a row says whether it sees its request's query token j < 64. k_scale, v_scale float32 [1] or [K]
+    multiply keys and values, for caches in float8_e4m3fn. Raises ValueError or TypeError on what does not fit."""
+    _check_ranks(q, k_cache, v_cache)
+    (T, H, D), (N, P, K, _), R, DV, device = q.shape, k_cache.shape, block_table.shape[0], v_cache.shape[3], q.device
+    _check.require(N >= 1, "attention", "k_cache", "no pages", "at least the null page")
+    _check.require(1 <= D <= 256 and 1 <= DV <= 256, "attention", "q, v_cache", f"D = {D}, DV = {DV}", "1 to 256")
     _check.require(1 <= P <= 256, "attention", "k_cache", f"page size {P}", "1 to 256")
-    c = config(H // K, D, q.dtype)
+    G = _group(H, K)
+    tiling = _tiling(T, R, H, K, D, DV, q.dtype, device, causal, window) if tiling is None else tiling
+    is_scaled = k_scale is not None or v_scale is not None
+    caches = (torch.float8_e4m3fn,) if is_scaled else (q.dtype,)
     _check.tensor("attention", "q", q, (T, H, D), _check.FLOATS)
-    _check.tensor("attention", "k_cache", k_cache, (N, P, K, D), (q.dtype,), q.device)
-    _check.tensor("attention", "v_cache", v_cache, (N, P, K, D), (q.dtype,), q.device)
-    _check.tensor("attention", "block_table", block_table, (R, None), (torch.int32,), q.device)
-    _check.tensor("attention", "items", items, (max_items(T, R, c.BLOCK_Q), 4), (torch.int32,), q.device, dense=2)
-    _check.counter("attention", "num_items", num_items, q.device)
-    _check.tensor("attention", "out", out, (T, H, D), (q.dtype,), q.device, writes=True)
+    _check.tensor("attention", "k_cache", k_cache, (N, P, K, D), caches, device)
+    _check.tensor("attention", "v_cache", v_cache, (N, P, K, DV), caches, device)
+    _check.tensor("attention", "block_table", block_table, (R, None), (torch.int32,), device)
+    *sections, rows = tiling.sections(T, R)
+    _check.tensor("attention", "work", work, (rows, RECORD), (torch.int32,), device, dense=2)
+    _check.tensor("attention", "workspace.states", workspace.states, (tiling.states,), (torch.float32,), device, writes=True)
+    _check.tensor("attention", "workspace.counters", workspace.counters, (tiling.counters,), (torch.int32,), device, writes=True)
+    _check.tensor("attention", "out", out, (T, H, DV), (q.dtype,), device, writes=True)
+    float32 = (torch.float32,)
     if lse is not None:
-        _check.tensor("attention", "lse", lse, (T, H), (torch.float32,), q.device, writes=True)
+        _check.tensor("attention", "lse", lse, (T, H), float32, device, writes=True)
+    if sinks is not None:
+        _check.tensor("attention", "sinks", sinks, (H,), float32, device)
+    if alibi_slopes is not None:
+        _check.tensor("attention", "alibi_slopes", alibi_slopes, (R, H) if alibi_slopes.dim() == 2 else (H,), float32, device)
+    if tree_mask is not None:
+        _check.require(causal, "attention", "tree_mask", "causal=False", "causal=True")
+        _check.tensor("attention", "tree_mask", tree_mask, (T,), (torch.int64,), device)
+    if is_scaled:
+        for name, value in (("k_scale", k_scale), ("v_scale", v_scale)):
+            _check.require(isinstance(value, torch.Tensor), "attention", name, value, "both k_scale and v_scale", TypeError)
+            assert value is not None
+            _check.tensor("attention", name, value, (1,) if value.shape == (1,) else (K,), float32, device, aligned=False)
+    scale = D ** -0.5 if scale is None else scale
+    _check.require(scale > 0, "attention", "scale", scale, "a positive number")
+    _check.require(softcap >= 0, "attention", "softcap", softcap, "a positive number, or 0 for none")
     if T == 0:
         return
-    scale = D ** -0.5 if scale is None else scale
-    _attention_kernel[(items.shape[0], K)](
-        q, k_cache, v_cache, block_table, items, num_items, out, lse, scale * LOG2_E,
-        q.stride(0), q.stride(1), k_cache.stride(0), k_cache.stride(1), k_cache.stride(2),
-        v_cache.stride(0), v_cache.stride(1), v_cache.stride(2), block_table.stride(0), out.stride(0), out.stride(1),
-        0 if lse is None else lse.stride(0), T, R, block_table.shape[1], N,
-        G=H // K, D=D, P=P, PRECISION="ieee" if q.dtype == torch.float32 else "tf32", HAS_LSE=lse is not None,
-        GROUP=triton.next_power_of_2(H // K), BLOCK_D=max(triton.next_power_of_2(D), 16), BLOCK_M=c.BLOCK_M, BLOCK_N=c.BLOCK_N,
-        STAGES=c.STAGES, num_warps=c.num_warps)
+    left, right = window[0], 0 if causal else window[1]
+    c, wide = config(D, DV, q.dtype), lambda t, dim: 0 if t is None or t.shape[dim] == 1 else t.stride(dim)
+    short_state, tall_state = (m * (_block(DV) + 2) for m in (c.SHORT_M, c.TALL_M))
+    launch = Launch(
+        K=K, G=G, GROUP=triton.next_power_of_2(G), D=D, DV=DV, BLOCK_D=_block(D), BLOCK_DV=_block(DV), P=P,
+        TWINS=k_cache.stride() == v_cache.stride() and D == DV, WIDE=max(k_cache.stride(1), v_cache.stride(1)) * P >= 2**31,
+        ALIGN=math.gcd(16, *k_cache.stride()[:3], *v_cache.stride()[:3]), RECORD=RECORD, RUN_SEGMENTS=RUN_SEGMENTS, RUN_SPANS=RUN_SPANS,
+        RUNS=tiling.runs, SHORT_M=c.SHORT_M, SHORT_STATE=short_state, TALL_M=c.TALL_M, TALL_STATE=tall_state, PART=min(c.TALL_M, 16),
+        TALL_SLOTS=tiling.tall_slots, FILL_H=min(triton.next_power_of_2(H), 16), SEGMENT=c.SEGMENT, SPAN=c.SPAN, BLOCK_N=c.BLOCK_N,
+        PRECISION="ieee" if q.dtype == torch.float32 else "tf32", HAS_TALL=tiling.has_tall, HAS_LEFT=left >= 0, HAS_RIGHT=right >= 0,
+        HAS_CAP=softcap > 0, HAS_SINK=sinks is not None, HAS_ALIBI=alibi_slopes is not None, HAS_TREE=tree_mask is not None, HAS_SCALE=is_scaled,
+        HAS_LSE=lse is not None)
+    _attention_kernel[(tiling.programs,)](
+        q, k_cache, v_cache, block_table, work, workspace.states, workspace.counters, out, lse, sinks, alibi_slopes, tree_mask, k_scale, v_scale,
+        scale / softcap if softcap else scale * LOG2_E, softcap * LOG2_E,
+        q.stride(0), q.stride(1), k_cache.stride(0), k_cache.stride(1), k_cache.stride(2), v_cache.stride(0), v_cache.stride(1), v_cache.stride(2),
+        block_table.stride(0), out.stride(0), out.stride(1), 0 if lse is None else lse.stride(0),
+        alibi_slopes.stride(0) if alibi_slopes is not None and alibi_slopes.dim() == 2 else 0, wide(k_scale, 0), wide(v_scale, 0),
+        T, R, block_table.shape[1], N, left, right, *sections, C=launch, num_warps=c.num_warps, num_stages=c.num_stages)
 
 
 def attention(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, query_start_loc: torch.Tensor, seq_lens: torch.Tensor,
-              block_table: torch.Tensor, scale: float | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Makes the schedule, then returns (out [T, H, D], lse [T, H]). In a model, `schedule` runs once and `attention_out` in every layer."""
-    _check_ranks(q, k_cache)
-    T, H, D = q.shape
-    block_q = config(H // k_cache.shape[2], D, q.dtype).BLOCK_Q
-    plan = schedule(query_start_loc, seq_lens, block_table, k_cache.shape[1], k_cache.shape[0], T, block_q)
-    out, lse = torch.empty_like(q), torch.empty(T, H, dtype=torch.float32, device=q.device)
-    attention_out(q, k_cache, v_cache, block_table, plan.items, plan.num_items, out, lse, scale)
+              block_table: torch.Tensor, scale: float | None = None, *, causal: bool = True, window: tuple[int, int] = (-1, -1),
+              softcap: float = 0.0, sinks: torch.Tensor | None = None, alibi_slopes: torch.Tensor | None = None,
+              tree_mask: torch.Tensor | None = None, k_scale: torch.Tensor | None = None, v_scale: torch.Tensor | None = None,
+              programs: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Makes the schedule and the workspace, then returns (out [T, H, DV], lse [T, H]): see `attention_out`. In a model, `schedule` runs once and
+    `attention_out` in every layer. Not causal, a request may have more query rows than keys."""
+    _check_ranks(q, k_cache, v_cache)
+    (T, H, D), (N, P, K, _), DV = q.shape, k_cache.shape, v_cache.shape[3]
+    cut = tiling(T, seq_lens.shape[0], H, K, D, DV, q.dtype, q.device, causal, window, programs)
+    plan = schedule(query_start_loc, seq_lens, block_table, P, N, T, cut)
+    out, lse = q.new_empty(T, H, DV), torch.empty(T, H, dtype=torch.float32, device=q.device)
+    attention_out(q, k_cache, v_cache, block_table, plan.work, Workspace.allocate(cut, q.device), out, lse, scale, causal=causal, window=window,
+                  softcap=softcap, sinks=sinks, alibi_slopes=alibi_slopes, tree_mask=tree_mask, k_scale=k_scale, v_scale=v_scale, tiling=cut)
     return out, lse

@@ -27,14 +27,15 @@ class Llama:
         table = ops.cos_sin_table(config.rotary_dim, max_len, config.rope_theta, config.rope_scaling, weights.embed.device)
         return cls(config, weights, table)
 
-    def __call__(self, token_ids: torch.Tensor, block_table: torch.Tensor, plan: ops.Schedule, cache: PagedCache) -> torch.Tensor:
+    def __call__(self, token_ids: torch.Tensor, block_table: torch.Tensor, plan: ops.Schedule, workspace: ops.Workspace,
+                 cache: PagedCache) -> torch.Tensor:
         """token_ids int32 [T], block_table int32 [R, W] -> logits float32 [R, V]; rows of unused requests are zeros."""
         w, eps, n = self.weights, self.config.rms_norm_eps, plan.num_tokens
         residual = ops.embedding(token_ids, w.embed, n)
         x = ops.rmsnorm(residual, w.layers[0].input_norm, eps, n)
         next_norms = [layer.input_norm for layer in w.layers[1:]] + [w.norm]
         for i, (layer, next_norm) in enumerate(zip(w.layers, next_norms, strict=True)):
-            x = self.attend(x, layer, block_table, plan, *cache.layer(i))
+            x = self.attend(x, layer, block_table, plan, workspace, *cache.layer(i))
             x = ops.add_rmsnorm(x, residual, layer.post_norm, eps, n)
             x = self.feed_forward(x, layer, n)
             x = ops.add_rmsnorm(x, residual, next_norm, eps, n)
@@ -43,7 +44,7 @@ class Llama:
         ops.linear_out(last, w.lm_head, logits)
         return logits
 
-    def attend(self, x: torch.Tensor, layer: LayerWeights, block_table: torch.Tensor, plan: ops.Schedule,
+    def attend(self, x: torch.Tensor, layer: LayerWeights, block_table: torch.Tensor, plan: ops.Schedule, workspace: ops.Workspace,
                k_cache: torch.Tensor, v_cache: torch.Tensor) -> torch.Tensor:
         c, T = self.config, x.shape[0]
         H, K, D = c.num_heads, c.num_kv_heads, c.head_dim
@@ -53,7 +54,7 @@ class Llama:
         ops.rotary_kv_write(q, k, v, plan.positions, self.cos_sin, plan.slot_mapping, k_cache, v_cache, rotated,
                             q_norm=layer.q_norm, k_norm=layer.k_norm, eps=c.rms_norm_eps, num_tokens=plan.num_tokens)
         attended = torch.empty_like(rotated)
-        ops.attention_out(rotated, k_cache, v_cache, block_table, plan.items, plan.num_items, attended)
+        ops.attention_out(rotated, k_cache, v_cache, block_table, plan.work, workspace, attended)
         return ops.linear(attended.view(T, H * D), layer.o, layer.o_bias, plan.num_tokens)
 
     def feed_forward(self, x: torch.Tensor, layer: LayerWeights, num_tokens: torch.Tensor) -> torch.Tensor:

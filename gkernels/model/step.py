@@ -34,10 +34,9 @@ class Step:
     """Static state for at most `max_tokens` tokens of at most `max_requests` requests a step. `step(bucket)` launches the kernels."""
 
     def __init__(self, model: Llama, cache: PagedCache, max_tokens: int, max_requests: int, max_len: int):
-        c, device = model.config, model.weights.embed.device
+        device = model.weights.embed.device
         self.model, self.cache, self.device = model, cache, device
         self.max_tokens, self.max_requests = max_tokens, max_requests
-        self.block_q = ops.attention_config(c.num_heads // c.num_kv_heads, c.head_dim, model.weights.embed.dtype).BLOCK_Q
         self.table_width = -(-max_len // cache.page_size)
         R = max_requests
         self.buffers = StaticBuffers({
@@ -47,6 +46,9 @@ class Step:
         self.results = torch.zeros(2, -(-R // 4) * 4, dtype=torch.int32, device=device)       # tokens, status; rows 16-byte aligned
         self._results_host = torch.zeros(self.results.shape, dtype=torch.int32, pin_memory=device.type == "cuda")
         self._plans: dict[int, ops.Schedule] = {}
+        tilings = [self.tiling(bucket) for bucket in (max_requests, max_tokens)]               # each bucket's is as large as one of these
+        self._states = torch.empty(max(tiling.states for tiling in tilings), device=device)
+        self._counters = torch.zeros(max(tiling.counters for tiling in tilings), dtype=torch.int32, device=device)
 
     def stage(self, rows: list[Row]) -> int:
         """Puts a batch into the static buffers and returns its number of tokens. ValueError, and nothing staged, for a batch that does not fit
@@ -74,19 +76,29 @@ class Step:
         """Request capacity of a bucket: every request brings at least one token."""
         return min(self.max_requests, bucket)
 
+    def tiling(self, bucket: int) -> ops.Tiling:
+        """How attention wants the bucket's requests cut."""
+        c = self.model.config
+        return ops.attention_tiling(bucket, self.requests(bucket), c.num_heads, c.num_kv_heads, c.head_dim, c.head_dim,
+                                    self.model.weights.embed.dtype, self.device)
+
     def plan(self, bucket: int) -> ops.Schedule:
         """The bucket's schedule; its status is the front of the results, so that one copy reads both."""
         if bucket not in self._plans:
             R = self.requests(bucket)
-            self._plans[bucket] = replace(ops.Schedule.allocate(bucket, R, self.block_q, self.device), status=self.results[1, :R])
+            self._plans[bucket] = replace(ops.Schedule.allocate(bucket, R, self.tiling(bucket), self.device), status=self.results[1, :R])
         return self._plans[bucket]
+
+    def workspace(self, tiling: ops.Tiling) -> ops.Workspace:
+        """Attention's scratch: the front of one for all buckets, whose steps follow each other."""
+        return ops.Workspace(self._states[:tiling.states], self._counters[:tiling.counters])
 
     def __call__(self, bucket: int) -> torch.Tensor:
         """Launches schedule, model and sampling for a capacity of `bucket` tokens. Tokens and status land in `results`; returns the logits."""
-        R, b, plan = self.requests(bucket), self.buffers, self.plan(bucket)
+        R, b, tiling, plan = self.requests(bucket), self.buffers, self.tiling(bucket), self.plan(bucket)
         seq_lens, block_table = b["seq_lens"][:R], b["block_table"][:R]
-        ops.schedule_out(b["query_start_loc"][:R + 1], seq_lens, block_table, self.cache.page_size, self.cache.num_pages, self.block_q, plan)
-        logits = self.model(b["token_ids"][:bucket], block_table, plan, self.cache)
+        ops.schedule_out(b["query_start_loc"][:R + 1], seq_lens, block_table, self.cache.page_size, self.cache.num_pages, tiling, plan)
+        logits = self.model(b["token_ids"][:bucket], block_table, plan, self.workspace(tiling), self.cache)
         options = [b[name][:R] for name in ("temperature", "top_k", "top_p", "min_p", "seed")]
         ops.sample_out(logits, *options, seq_lens, seq_lens, plan.status, self.results[0, :R])     # the drawn token stands at position seq_len
         return logits
