@@ -221,6 +221,7 @@ def main():
     all_calls = importlib.import_module(options.calls).all_calls
     for word in options.targets:
         target, _, dtypes = word.partition(":")
+        triton.runtime.driver.set_active(Driver(target))                # before the calls are made: tiles may depend on the target
         named_calls = list(all_calls("cpu", [getattr(torch, dtype) for dtype in dtypes.split(",")]))
         rooms = {case.split(".")[0] for case, *_ in named_calls}
         plan(target, named_calls + [call for call in all_calls("cpu", [torch.float32]) if call[0].split(".")[0] not in rooms])
