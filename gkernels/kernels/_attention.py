@@ -266,11 +266,12 @@ def _add_span(sum_ptr, record, kv_head, C: tl.constexpr):
 @triton.jit
 def _finish_tall(slots, pieces, record, kv_head, inputs, strides, C: tl.constexpr):
     """Folds the states of a tall tile's spans, a slot for each, and writes its rows."""
+    stride = tl.full((), C.K * C.TALL_STATE, tl.int64)
     for part in range(0, C.TALL_M, C.PART):
         token, head, live = _tall_rows(record, part, kv_head, C.PART, C)
         m, l, acc = empty_state(C.PART, C)
         for piece in range(0, pieces):
-            m_next, l_next, acc_next = get_state(slots + (piece * C.K).to(tl.int64) * C.TALL_STATE, part, live, C.PART, C.TALL_M, C)
+            m_next, l_next, acc_next = get_state(slots + piece * stride, part, live, C.PART, C.TALL_M, C)
             m, l, acc = fold(m, l, acc, m_next, l_next, acc_next)
         finish(m, l, acc, tl.load(record + 7), token, head, live, kv_head, inputs, strides, C)
 
