@@ -109,11 +109,11 @@ def interpreter_config(T: int, N: int, K: int, dtype: torch.dtype) -> Config:
 
 
 def _torch_linear(x, weight, bias, out, num_tokens):
-    if out.dtype != x.dtype:
-        if x.is_cuda:
-            torch.mm(x, weight.T, out_dtype=out.dtype, out=out)
-        else:                    # CPUs have no product with a wider output
-            torch.mm(x.to(out.dtype), weight.to(out.dtype).T, out=out)
+    if not x.is_cuda:            # a CPU's 16-bit product may read past the end of a row into the next, and 0 * NaN is NaN
+        wide = torch.mm(x.float(), weight.float().T)
+        out.copy_(wide if bias is None else wide + bias)
+    elif out.dtype != x.dtype:
+        torch.mm(x, weight.T, out_dtype=out.dtype, out=out)
         if bias is not None:
             out.add_(bias)
     elif bias is not None:
