@@ -24,6 +24,7 @@ from .kernels.attention import Workspace
 from .kernels.attention import tiling as attention_tiling
 from .kernels.rotary import cos_sin_table
 from .kernels.sampling import BAD_OPTION, NO_TOKEN, check_options
+from .kernels.sampling import Workspace as SamplingWorkspace
 from .kernels.schedule import BAD_LENGTH, BAD_PAGE, MAX_R, Schedule, Tiling
 
 NAMESPACE = "gkernels"
@@ -97,11 +98,6 @@ merge = _register(
     "merge(Tensor a, Tensor a_lse, Tensor b, Tensor b_lse, Tensor? num_tokens=None) -> (Tensor, Tensor)", _merge.merge,
     lambda a, a_lse, b, b_lse, num_tokens=None: (a.new_empty(a.shape), a_lse.new_empty(a_lse.shape)))
 
-sample_out = _register(
-    "sample_out(Tensor logits, Tensor temperature, Tensor top_k, Tensor top_p, Tensor min_p, Tensor seed, Tensor position, Tensor seq_lens, "
-    "Tensor(a!) status, Tensor(b!) out) -> ()", sampling.sample_out)
-
-
 def add_rmsnorm(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float = 1e-6,
                 num_tokens: torch.Tensor | None = None) -> torch.Tensor:
     """residual += x in place, then returns rmsnorm(residual)."""
@@ -110,11 +106,33 @@ def add_rmsnorm(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, e
     return out
 
 
+def _sample_tensors(logits, temperature, top_k, top_p, min_p, seed, position, seq_lens, status, scores, partials, counts, state, list_x, list_ids,
+                    out, typical_p=None, probs=None):
+    workspace = SamplingWorkspace(scores, partials, counts, state, list_x, list_ids)
+    sampling.sample_out(logits, temperature, top_k, top_p, min_p, seed, position, seq_lens, status, workspace, out, typical_p, probs)
+
+
+_sample_op = _register(
+    "sample_out(Tensor logits, Tensor temperature, Tensor top_k, Tensor top_p, Tensor min_p, Tensor seed, Tensor position, Tensor seq_lens, "
+    "Tensor(a!) status, Tensor(b!) scores, Tensor(c!) partials, Tensor(d!) counts, Tensor(e!) state, Tensor(f!) list_x, Tensor(g!) list_ids, "
+    "Tensor(h!) out, Tensor? typical_p=None, Tensor(i!)? probs=None) -> ()", _sample_tensors)
+
+
+def sample_out(logits: torch.Tensor, temperature: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, min_p: torch.Tensor,
+               seed: torch.Tensor, position: torch.Tensor, seq_lens: torch.Tensor, status: torch.Tensor, workspace: SamplingWorkspace,
+               out: torch.Tensor, typical_p: torch.Tensor | None = None, probs: torch.Tensor | None = None) -> None:
+    """Writes one token a row to `out` and ors flags into `status`: see gkernels.kernels.sampling. The registered op takes the workspace's tensors."""
+    w = workspace
+    _sample_op(logits, temperature, top_k, top_p, min_p, seed, position, seq_lens, status, w.scores, w.partials, w.counts, w.state, w.list_x,
+               w.list_ids, out, typical_p, probs)
+
+
 def sample(logits: torch.Tensor, temperature: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, min_p: torch.Tensor, seed: torch.Tensor,
-           position: torch.Tensor, seq_lens: torch.Tensor, status: torch.Tensor) -> torch.Tensor:
+           position: torch.Tensor, seq_lens: torch.Tensor, status: torch.Tensor, typical_p: torch.Tensor | None = None) -> torch.Tensor:
     """Returns one token a row, int32 [R], and ors flags into `status`: see gkernels.kernels.sampling."""
     out = torch.empty(logits.shape[0], dtype=torch.int32, device=logits.device)
-    sample_out(logits, temperature, top_k, top_p, min_p, seed, position, seq_lens, status, out)
+    workspace = SamplingWorkspace.allocate(*logits.shape, logits.device)
+    sample_out(logits, temperature, top_k, top_p, min_p, seed, position, seq_lens, status, workspace, out, typical_p)
     return out
 
 
@@ -173,7 +191,7 @@ def attention_out(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor,
     _attention_op(q, k_cache, v_cache, block_table, work, workspace.states, workspace.counters, out, lse, scale, tiling=_to_ints(tiling), **options)
 
 
-__all__ = ["BAD_LENGTH", "BAD_OPTION", "BAD_PAGE", "MAX_R", "NO_TOKEN", "Schedule", "Tiling", "Workspace", "add_rmsnorm", "add_rmsnorm_out",
+__all__ = ["BAD_LENGTH", "BAD_OPTION", "BAD_PAGE", "MAX_R", "NO_TOKEN", "SamplingWorkspace", "Schedule", "Tiling", "Workspace", "add_rmsnorm", "add_rmsnorm_out",
            "attention", "attention_out", "attention_tiling", "check_options", "cos_sin_table", "embedding", "embedding_out", "kv_write", "linear",
            "linear_out", "merge", "merge_out", "rmsnorm", "rmsnorm_out", "rotary", "rotary_kv_write", "rotary_out", "sample", "sample_out",
            "schedule", "schedule_out", "silu_and_mul", "silu_and_mul_out"]

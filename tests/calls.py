@@ -154,5 +154,15 @@ def sampling(device, dtype):
     from gkernels.kernels import sampling
     for V in (1, 300, 5008):
         logits, ints = torch.zeros(2, V, dtype=dtype, device=device), torch.ones(6, 2, dtype=torch.int32, device=device)
-        temperature, top_p, min_p = torch.tensor([[0.0, 0.8], [1.0, 0.9], [0.0, 0.1]], device=device)
-        yield f"V{V}", sampling.sample_out, (logits, temperature, ints[0], top_p, min_p, ints[1].long(), *ints[2:])
+        temperature, top_p, min_p, typical_p = torch.tensor([[0.0, 0.8], [1.0, 0.9], [0.0, 0.1], [1.0, 0.9]], device=device)
+        workspace, probs = sampling.Workspace.allocate(2, V, device), torch.empty(2, V, device=device)
+        options = logits, temperature, ints[0], top_p, min_p, ints[1].long(), *ints[2:5]
+        yield f"V{V}", sample, (*options, workspace, ints[5])
+        yield f"V{V} typical probs", sample, (*options, workspace, ints[5], typical_p, probs)
+
+
+def sample(logits, temperature, top_k, top_p, min_p, seed, position, seq_lens, status, workspace, *outputs):
+    """sample_out with what it may rely on: counts that are zeros."""
+    from gkernels.kernels import sampling
+    workspace.counts.zero_()
+    sampling.sample_out(logits, temperature, top_k, top_p, min_p, seed, position, seq_lens, status, workspace, *outputs)

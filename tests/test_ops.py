@@ -62,6 +62,10 @@ def attention_arguments(x, *caches):
     return x.q, *(caches or (x.k_cache, x.v_cache)), x.table, x.plan.work, *vars(x.workspace).values(), x.out(T, H, D)
 
 
+def sampling_workspace(x):
+    return vars(ops.SamplingWorkspace.allocate(*x.logits.shape, x.logits.device)).values()
+
+
 CASES = {   # case: the inputs -> the positional and the keyword arguments of the registered op that the case is named after
     "rmsnorm": lambda x: ((x.x, x.norm), {}),
     "rmsnorm pads": lambda x: ((x.x, x.norm, 1e-5, x.n), {}),
@@ -103,9 +107,10 @@ CASES = {   # case: the inputs -> the positional and the keyword arguments of th
     "merge pads": lambda x: ((x.q, x.lse[:, 0], x.qkv[:, :H], x.lse[:, 1], x.n), {}),
     "merge_out": lambda x: ((x.q, x.lse[:, 0], x.qkv[:, :H], x.lse[:, 1], x.out(T, H, D)), {}),
     "merge_out lse": lambda x: ((x.q, x.lse[:, 0], x.qkv[:, :H], x.lse[:, 1], x.out(T, H, D), x.out(T, H)), dict(num_tokens=x.n)),
-    "sample_out named": lambda x: ((x.logits, *x.options[:-1]),
-                                   dict(seq_lens=x.seq_lens, status=x.plan.status, out=x.out(R, dtype=torch.int32))),
-    "sample_out": lambda x: ((x.logits, *x.options, x.plan.status, x.out(R, dtype=torch.int32)), {}),
+    "sample_out": lambda x: ((x.logits, *x.options, x.plan.status, *sampling_workspace(x), x.out(R, dtype=torch.int32)), {}),
+    "sample_out named": lambda x: ((x.logits, *x.options, x.plan.status, *sampling_workspace(x)), dict(out=x.out(R, dtype=torch.int32))),
+    "sample_out typical probs": lambda x: ((x.logits, *x.options, x.plan.status, *sampling_workspace(x), x.out(R, dtype=torch.int32)),
+                                           dict(typical_p=torch.full_like(x.lse[:R, 0, 0], 0.9), probs=x.out(*x.logits.shape))),
     "schedule_out": lambda x: ((x.query_start_loc, x.seq_lens, x.table, PAGE, BATCH.N, INTS, *vars(x.plan).values()), {}),
 }
 
@@ -154,7 +159,10 @@ def test_fakes_equal_real_outputs(device, case):
     assert (not reals) == writes_to_out == (not op._schema.returns)
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case.split()[0] not in ("schedule_out", "attention_out")])    # see below
+WITH_RECORDS = ("schedule_out", "attention_out", "sample_out")        # their faces take dataclasses: see below
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.split()[0] not in WITH_RECORDS])
 def test_face_equals_registered_op(device, case):
     """The eager face and the dispatcher run the same kernel: the same returns, and the same bits left in every argument."""
     op, args, kwargs = arguments(case, device)
@@ -182,6 +190,15 @@ def test_attention_face_equals_registered_op(device, case):
     op(*args, **kwargs)
     ops.attention_out(*same, ops.Workspace(states, counters), out, *lse, **kwargs | dict(tiling=TILING))
     for got, want in zip((out, *lse), args[7:], strict=True):
+        assert_same(got, want)
+
+
+def test_sampling_face_equals_registered_op(device):
+    op, args, kwargs = arguments("sample_out typical probs", device)
+    _, same, same_kwargs = arguments("sample_out typical probs", device)
+    op(*args, **kwargs)
+    ops.sample_out(*same[:9], ops.SamplingWorkspace(*same[9:15]), same[15], **same_kwargs)
+    for got, want in zip((*same, *same_kwargs.values()), (*args, *kwargs.values()), strict=True):
         assert_same(got, want)
 
 

@@ -10,20 +10,25 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import reference.sampling as twin
+from gkernels.kernels import _noise
 from gkernels.kernels import sampling as room
 from tests.close import CHI_SQUARE_BOUND, NEAR, assert_close, assert_same
 from tests.strategies import dtypes, far, poisons, randn, seeds, strided
 
 INF, NAN = float("inf"), float("nan")
 OPTIONS = dict(temperature=(1.0, torch.float32), top_k=(0, torch.int32), top_p=(1.0, torch.float32), min_p=(0.0, torch.float32),
-               seed=(0, torch.int64), position=(0, torch.int32), seq_lens=(1, torch.int32), status=(0, torch.int32))
+               seed=(0, torch.int64), position=(0, torch.int32), seq_lens=(1, torch.int32), status=(0, torch.int32),
+               typical_p=(1.0, torch.float32))
 
-few = settings(max_examples=settings.default.max_examples // 3)       # two bisections take the interpreter 0.1 s a row
+few = settings(max_examples=settings.default.max_examples // 3)       # a row's bisections take the interpreter 0.1 s
 vocabularies = st.sampled_from([1, 2, 16, 100, 300])
 temperatures = st.sampled_from([0.0, 0.2, 0.7, 1.0, 3.0, 1e4])
 top_ks = st.sampled_from([0, 1, 2, 5, 50, 10**6])
 top_ps = st.sampled_from([1.0, 0.99, 0.9, 0.5, 0.1, 1e-6])
 min_ps = st.sampled_from([0.0, 0.01, 0.1, 0.5, 1.0])
+typical_ps = st.sampled_from([1.0, 1.0, 0.9, 0.5, 0.1])
+# Chunks of a row, and of its list; a list of one token sends every row with a cut the long way
+configs = st.sampled_from([room.Config(512, 512, 512, 1), room.Config(128, 256, 128, 1), room.Config(128, 1, 128, 1)])
 
 
 def batch(logits, **given):
@@ -46,8 +51,8 @@ def right_tokens(arguments):
     options = {k: v for k, v in arguments.items() if k not in ("seq_lens", "status")}
     answers = [set() for _ in range(len(arguments["status"]))]
     for factor in (1 - NEAR, 1.0, 1 + NEAR):
-        moved = options | dict(top_p=(options["top_p"] * factor).clamp(max=1.0), min_p=(options["min_p"] * factor).clamp(max=1.0))
-        scores = twin.scores(**moved)
+        moved = {name: (options[name] * factor).clamp(max=1.0) for name in ("top_p", "min_p", "typical_p")}
+        scores = twin.scores(**options | moved)
         for answer, near in zip(answers, scores >= scores.amax(-1, keepdim=True) - NEAR, strict=True):
             answer.update(near.nonzero()[:, 0].tolist())
     return answers
@@ -62,11 +67,12 @@ def check_equals_reference(sample, arguments):
         assert g == w or (drawn and g in allowed), f"row {row}: token {g}, expected {w}"
 
 
-@given(seeds, dtypes, kinds, vocabularies, temperatures, top_ks, top_ps, min_ps, st.booleans())
-def test_equals_reference(device, seed, dtype, kind, V, temperature, top_k, top_p, min_p, is_strided):
+@given(seeds, dtypes, kinds, vocabularies, temperatures, top_ks, top_ps, min_ps, typical_ps, st.booleans(), configs)
+def test_equals_reference(device, monkeypatch, seed, dtype, kind, V, temperature, top_k, top_p, min_p, typical_p, is_strided, config):
+    monkeypatch.setattr(room, "config", lambda V: config)
     logits = draw_logits(seed, kind, 2, V, dtype, device)
     arguments = batch(strided(logits) if is_strided else logits, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
-                      seed=[-seed, 2**63 - 1 - seed], position=[2**31 - 1, seed % 1000])
+                      typical_p=typical_p, seed=[-seed, 2**63 - 1 - seed], position=[2**31 - 1, seed % 1000])
     check_equals_reference(room.sample, arguments)
 
 
@@ -85,77 +91,79 @@ def test_a_top_k_off_by_one_is_caught(device):
         check_equals_reference(broken, batch(torch.zeros(8, 16, device=device), top_k=4, position=range(8)))
 
 
-@triton.jit
-def _cut_kernel(logits_ptr, top_ptr, temperature_ptr, top_k_ptr, top_p_ptr, key_ptr, id_ptr, V: tl.constexpr, BLOCK: tl.constexpr):
-    row = tl.program_id(0)
-    top = tl.load(top_ptr + row)
-    bits = top.to(tl.int32, bitcast=True)
-    key, id = room._cut(logits_ptr + row * V, top, tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits), 1.0 / tl.load(temperature_ptr + row),
-                        tl.load(top_k_ptr + row), tl.load(top_p_ptr + row), V, BLOCK)
-    tl.store(key_ptr + row, key)
-    tl.store(id_ptr + row, id)
+def probs_by_kernel(arguments):
+    """What the kernels draw from, float32 [R, V], and the workspace that they leave."""
+    R, V = arguments["logits"].shape
+    device, arguments = arguments["logits"].device, {k: v.clone() if k != "logits" else v for k, v in arguments.items()}
+    workspace, out, probs = room.Workspace.allocate(R, V, device), torch.empty(R, dtype=torch.int32, device=device), torch.empty(R, V, device=device)
+    room.sample_out(**arguments, workspace=workspace, out=out, probs=probs)
+    assert not workspace.counts.any(), "counts are left for the next launch"
+    return probs
 
 
-def kept_by_kernel(logits, temperature, top_k, top_p):
-    R, V = logits.shape
-    key, id = (torch.empty(R, dtype=torch.int32, device=logits.device) for _ in range(2))
-    logits = logits + 0.0                             # the kernel's loads turn -0.0 into 0.0, and its maximum is of those
-    _cut_kernel[(R,)](logits, logits.amax(-1), temperature, top_k, top_p, key, id, V=V, BLOCK=32)
-    bits = logits.view(torch.int32)
-    keys = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
-    ids = torch.arange(V, device=logits.device)
-    return ((keys > key[:, None]) | (keys == key[:, None]) & (ids <= id[:, None])) & (logits > -INF)
-
-
-def check_kept(kept, logits, temperature, top_k, top_p, is_exact):
+def check_kept(probs, arguments, is_exact):
     """A prefix of the stable sort, and as long as the twin's; masses that are not whole may move its end by what NEAR explains."""
-    none = torch.zeros_like(temperature)
+    kept, logits, factors = probs > 0, arguments["logits"], (1.0, 1.0) if is_exact else (1 - NEAR, 1 + NEAR)
     ordered = kept.gather(-1, logits.sort(dim=-1, descending=True, stable=True).indices).int()
     assert (ordered.diff(dim=-1) <= 0).all(), "not a prefix of the stable sort"
-    low, high = ((1.0, 1.0) if is_exact else (1 - NEAR, 1 + NEAR))
-    least, most = (twin.keep(logits, temperature, top_k, (top_p * f).clamp(max=1.0) if f != 1 else top_p, none).sum(-1) for f in (low, high))
+    least, most = ((twin.probs(**arguments | dict(top_p=(arguments["top_p"] * f).clamp(max=1.0))) > 0).sum(-1) for f in factors)
     count = kept.sum(-1)
     assert ((least <= count) & (count <= most)).all(), f"kept {count.tolist()}, expected {least.tolist()} to {most.tolist()}"
 
 
 @few
-@given(seeds, kinds, vocabularies, st.sampled_from([0.2, 1.0, 3.0]), top_ks, top_ps)
-def test_kept_set_is_the_sorts(device, seed, kind, V, temperature, top_k, top_p):
-    logits = draw_logits(seed, kind, 3, V, torch.float32, device)
-    logits[:, 0] = 0.0                                # a row of -inf is the kernel's to refuse before it cuts
-    b = batch(logits, temperature=temperature, top_k=[top_k, 0, top_k], top_p=[top_p, top_p, 1.0])
-    options = b["logits"], b["temperature"], b["top_k"], b["top_p"]
-    check_kept(kept_by_kernel(*options), *options, is_exact=kind == "flat" or top_p == 1.0)
+@given(seeds, kinds, vocabularies, st.sampled_from([0.2, 1.0, 3.0]), top_ks, top_ps, configs)
+def test_kept_set_is_the_sorts(device, monkeypatch, seed, kind, V, temperature, top_k, top_p, config):
+    monkeypatch.setattr(room, "config", lambda V: config)
+    arguments = batch(draw_logits(seed, kind, 3, V, torch.float32, device), temperature=temperature, top_k=[top_k, 0, top_k],
+                      top_p=[top_p, top_p, 1.0])
+    check_kept(probs_by_kernel(arguments), arguments, is_exact=kind == "flat" or top_p == 1.0)
 
 
-@given(seeds, st.integers(1, 70), top_ks, st.sampled_from([1.0, 0.75, 0.5, 0.25, 0.1]))
-def test_ties_keep_the_lowest_ids(device, seed, V, top_k, top_p):
-    logits = torch.where(randn(seed, 1, V) > 0, 0.0, -0.0).to(device)
-    b = batch(logits, top_k=top_k, top_p=top_p)
-    kept = kept_by_kernel(logits, b["temperature"], b["top_k"], b["top_p"])
-    assert_same(kept, twin.keep(logits, b["temperature"], b["top_k"], b["top_p"], b["min_p"]))
-    n = min(top_k or V, V)
-    assert kept.sum(-1).tolist() == [math.ceil(n * b["top_p"][0].item())] and kept[:, 0].all()
+@pytest.mark.parametrize("temperature", [0.01, 0.7, 2.0, 50.0])
+@pytest.mark.parametrize("spread", [0.01, 2.0, 300.0])
+def test_kept_set_is_the_sorts_at_any_scale(device, temperature, spread):
+    """Bins at their edges: a wide vocabulary of small and of large logits, cut where many are near."""
+    logits = randn(int(spread), 4, 6000, device=device) * spread
+    arguments = batch(logits, temperature=temperature, top_k=[0, 700, 3000, 0], top_p=[0.9, 1.0, 0.97, 0.5])
+    check_kept(probs_by_kernel(arguments), arguments, is_exact=False)
+
+
+@given(seeds, st.integers(1, 70), top_ks, st.sampled_from([1.0, 0.75, 0.5, 0.25, 0.1]), st.sampled_from([1.0, 0.5]))
+def test_ties_keep_the_lowest_ids(device, seed, V, top_k, top_p, typical_p):
+    arguments = batch(torch.where(randn(seed, 1, V) > 0, 0.0, -0.0).to(device), top_k=top_k, top_p=top_p, typical_p=typical_p)
+    kept = probs_by_kernel(arguments) > 0
+    assert_same(kept, twin.probs(**arguments) > 0)
+    n = math.ceil(min(top_k or V, V) * arguments["top_p"][0].item())
+    assert kept.sum(-1).tolist() == [math.ceil(n * typical_p)] and kept[:, 0].all()
+
+
+@given(seeds, kinds, vocabularies, temperatures, top_ks, top_ps, min_ps)
+def test_probabilities_are_the_references(device, seed, kind, V, temperature, top_k, top_p, min_p):
+    arguments = batch(draw_logits(seed, kind, 3, V, torch.float32, device), temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
+                      seq_lens=[3, 0, 1])
+    got, want = probs_by_kernel(arguments), twin.probs(**arguments)
+    same = ((got > 0) == (want > 0)).all(-1)               # elsewhere a cut fell within NEAR, which test_kept_set_is_the_sorts judges
+    assert same.sum() >= 2 or kind != "flat"
+    assert ((got - want).abs()[same] <= 4 * 2**-24 * want[same] * (1 + 16 * (want[same] > 0))).all()
 
 
 def test_a_cut_off_by_one_is_caught(device):
-    logits = randn(0, 2, 100, device=device)
-    b = batch(logits, top_k=5)
+    arguments = batch(randn(0, 2, 100, device=device), top_k=5)
     with pytest.raises(AssertionError, match=r"kept \[6, 6\], expected \[5, 5\]"):
-        check_kept(kept_by_kernel(logits, b["temperature"], b["top_k"] + 1, b["top_p"]), logits, b["temperature"], b["top_k"], b["top_p"], True)
+        check_kept(probs_by_kernel(arguments | dict(top_k=arguments["top_k"] + 1)), arguments, True)
 
 
 @triton.jit
 def _noise_kernel(seed_ptr, position_ptr, ids_ptr, out_ptr, BLOCK: tl.constexpr):
     offs = tl.arange(0, BLOCK)
-    tl.store(out_ptr + offs, room._gumbel(tl.load(seed_ptr), tl.load(position_ptr), tl.load(ids_ptr + offs)))
+    tl.store(out_ptr + offs, _noise.gumbel(tl.load(seed_ptr), tl.load(position_ptr), tl.load(ids_ptr + offs)))
 
 
 @given(seeds, st.integers(-2**63, 2**63 - 1), st.integers(0, 2**31 - 1))
 def test_noise_equals_reference(device, seed, key, position):
     keys, positions = torch.tensor([key], device=device), torch.tensor([position], dtype=torch.int32, device=device)
-    high, _ = twin.philox(keys, torch.arange(50_000, device=device), positions)
-    order = high.sort().indices
+    order = twin.random_bits(keys, positions, 50_000)[0][0].sort().indices
     ids = torch.cat([order[:256], order[-256:], order[::97][:512]]).int()       # both tails and the middle
     got = torch.empty(1024, device=device)
     _noise_kernel[(1,)](keys, positions, ids, got, BLOCK=1024)
@@ -164,9 +172,16 @@ def test_noise_equals_reference(device, seed, key, position):
 
 
 def test_philox_is_the_published_generator():
-    """Known answers of Random123 for philox4x32-10, with the two counter words in use at zero."""
+    """Known answers of Random123 for philox4x32-10 at counter and key zero."""
     zero = torch.zeros(1, dtype=torch.int64)
-    assert [int(word) for word in twin.philox(zero, zero, zero)] == [0x6627E8D5, 0xE169C58D]
+    assert [int(word) for word in twin.philox(zero, zero, zero)] == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
+
+
+def test_splitmix_is_the_published_generator(monkeypatch):
+    """The first outputs of SplitMix64 from state 1234567."""
+    monkeypatch.setattr(twin, "philox", lambda *_: [torch.tensor([word]) for word in (0, 1234567, 0, 0)])
+    high, low = twin.random_bits(torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int32), 3)
+    assert [(int(h) << 32) + int(l) for h, l in zip(high[0], low[0])] == [6457827717110365317, 3203168211198807973, 9817491932198370423]
 
 
 @few
@@ -264,6 +279,7 @@ def test_nan_counts_as_minus_infinity_and_infinity_wins(device):
     (dict(temperature=NAN), dict(temperature=0.0)), (dict(temperature=-1.0), dict(temperature=0.0)), (dict(temperature=INF), dict(temperature=0.0)),
     (dict(top_k=-1), dict()), (dict(top_p=NAN), dict()), (dict(top_p=0.0), dict()), (dict(top_p=1.5), dict()), (dict(top_p=-0.5), dict()),
     (dict(min_p=NAN), dict()), (dict(min_p=-0.1), dict()), (dict(min_p=1.5), dict()),
+    (dict(typical_p=NAN), dict()), (dict(typical_p=0.0), dict()), (dict(typical_p=1.5), dict()),
 ])
 def test_bad_options_are_switched_off_and_flagged(device, bad, same_as):
     logits = randn(0, 2, 50, device=device)
@@ -304,14 +320,28 @@ def test_distribution_of_the_reference():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("V", [64, 1024, 32000])
-def test_distribution_of_a_million_draws(device, V):
+@pytest.mark.parametrize("V", [1, 2, 999, 1024, 4097, 32000, 128256])
+@pytest.mark.parametrize("options", [dict(), dict(top_k=50), dict(top_p=0.9), dict(min_p=0.05), dict(temperature=0.0)], ids=str)
+def test_distribution_of_a_million_draws(device, V, options):
     logits = randn(V, 1, V, device=device) * 2
-    probabilities = logits[0].double().softmax(-1)
-    tokens = torch.cat([draws(room.sample, logits, 50_000, seed=i) for i in range(20)])
+    probabilities = twin.probs(**batch(logits, **options))[0].cpu()
+    tokens = torch.cat([draws(room.sample, logits, 20_000, seed=i, **options) for i in range(50)])
+    assert not (probabilities[tokens.cpu().long()] == 0).any(), "a token outside of the kept set"
     assert chi_square(tokens, probabilities) < CHI_SQUARE_BOUND
-    biased = torch.cat([draws(room.sample, logits, 50_000, seed=i, temperature=1.02) for i in range(20)])
-    assert chi_square(biased, probabilities) > CHI_SQUARE_BOUND
+    if V >= 999 and not options:
+        biased = torch.cat([draws(room.sample, logits, 20_000, seed=i, temperature=1.02) for i in range(50)])
+        assert chi_square(biased, probabilities) > CHI_SQUARE_BOUND
+
+
+@pytest.mark.gpu
+def test_no_tail_is_cut_off(device):
+    """One token 18 above 128 K others: together they have 0.2 % of the mass, each 1.5e-8, which 24-bit uniforms do not reach."""
+    V, n = 128256, 1_000_000
+    logits = torch.zeros(1, V, device=device)
+    logits[0, 77] = 18.0
+    tail = sum(int((draws(room.sample, logits, 20_000, seed=i) != 77).sum()) for i in range(n // 20_000))
+    p = (V - 1) / (V - 1 + math.exp(18))
+    assert abs(tail - n * p) < 6 * (n * p * (1 - p)) ** 0.5
 
 
 def check_far(sample, device):
@@ -360,6 +390,7 @@ def test_misuse_is_named(device, change, error, words):
     (dict(top_k=-1), "top_k: got -1"), (dict(top_k=101), "top_k: got 101, expected an integer from 0 to the vocabulary's 100; 0 keeps every token"),
     (dict(top_p=0.0), "top_p: got 0.0"), (dict(top_p=1.1), "top_p: got 1.1"), (dict(top_p=NAN), "top_p: got nan"),
     (dict(min_p=-0.1), "min_p: got -0.1"), (dict(min_p=1.1), "min_p: got 1.1"), (dict(min_p=NAN), "min_p: got nan"),
+    (dict(typical_p=0.0), "typical_p: got 0.0"), (dict(typical_p=1.1), "typical_p: got 1.1"),
 ])
 def test_options_of_a_request_are_checked(change, words):
     good = dict(temperature=0.7, top_k=100, top_p=1.0, min_p=0.0, vocab_size=100)

@@ -49,6 +49,7 @@ class Step:
         tilings = [self.tiling(bucket) for bucket in (max_requests, max_tokens)]               # each bucket's is as large as one of these
         self._states = torch.empty(max(tiling.states for tiling in tilings), device=device)
         self._counters = torch.zeros(max(tiling.counters for tiling in tilings), dtype=torch.int32, device=device)
+        self._sampling = ops.SamplingWorkspace.allocate(R, model.config.vocab_size, device)
 
     def stage(self, rows: list[Row]) -> int:
         """Puts a batch into the static buffers and returns its number of tokens. ValueError, and nothing staged, for a batch that does not fit
@@ -100,7 +101,8 @@ class Step:
         ops.schedule_out(b["query_start_loc"][:R + 1], seq_lens, block_table, self.cache.page_size, self.cache.num_pages, tiling, plan)
         logits = self.model(b["token_ids"][:bucket], block_table, plan, self.workspace(tiling), self.cache)
         options = [b[name][:R] for name in ("temperature", "top_k", "top_p", "min_p", "seed")]
-        ops.sample_out(logits, *options, seq_lens, seq_lens, plan.status, self.results[0, :R])     # the drawn token stands at position seq_len
+        # the drawn token stands at position seq_len
+        ops.sample_out(logits, *options, seq_lens, seq_lens, plan.status, self._sampling, self.results[0, :R])
         return logits
 
     def read(self, num_requests: int) -> tuple[list[int], list[int]]:
