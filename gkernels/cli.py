@@ -1,4 +1,4 @@
-"""The command line:  python -m gkernels generate | doctor | bench.
+"""The command line:  python -m gkernels generate | check | doctor | bench.
 
 A subcommand is one function of its parsed options that returns the exit code: 0 done, 1 a result to look at, 2 a mistake of the caller's,
 told in one line on stderr. torch and triton are imported by the commands that need them, so that `--help` and `doctor` need neither.
@@ -90,6 +90,20 @@ def parser() -> argparse.ArgumentParser:
     add("--max-len", type=at_least(2), metavar="N", help="longest sequence (default: what the prompts and --max-tokens need)")
     add("--verify", action="store_true", help="compare every token with the plain PyTorch reference; exit code 1 on a difference")
 
+    add = command(check, "prove a callable safe in a CUDA graph; exit code 1 where something speaks against it")
+    add("target", metavar="MODULE:FUNCTION", help="a function without arguments that returns a gkernels.graph.check.Subject")
+    add("--json", action="store_true", help="print the report as JSON")
+    add("--device", choices=("cpu", "cuda"), help="default: cuda where torch sees it; on a CPU kernels are interpreted")
+
+    add = command(precompile, "compile a model's kernels for a GPU, on a machine without one, into Triton's cache")
+    add("--config", type=Path, required=True, metavar="FILE", help="config.json of a Hugging Face checkpoint, or its folder")
+    add("--arch", required=True, metavar="N", help="compute capability without its dot, such as 90 for an H100, or gfx942")
+    add("--dtype", choices=("float32", "float16", "bfloat16"), help="default: the checkpoint's")
+    add("--max-tokens", type=at_least(1), default=STEP_TOKENS["cuda"], metavar="N", help="most tokens of a step (default: %(default)s)")
+    add("--max-requests", type=at_least(1), default=MOST_REQUESTS, metavar="N", help="most requests of a step (default: %(default)s)")
+    add("--multiprocessors", type=at_least(1), metavar="N", help="of the GPU (default: of the architecture's data-center GPU)")
+    add("--workers", type=at_least(1), default=os.cpu_count() or 1, metavar="N", help="compilers at once (default: %(default)s)")
+
     command(doctor, "say what this machine has and what it lacks, with the commands that mend it")
 
     add = command(bench, "time the kernels on this GPU (from a source checkout)")
@@ -105,6 +119,23 @@ def at_least(least: int):
             raise argparse.ArgumentTypeError(f"got {text}, expected at least {least}")
         return int(text)
     return integer
+
+
+def check(options: argparse.Namespace) -> int:
+    ready(options.device)
+    from .graph.check import examine, load
+    report = examine(load(options.target))
+    print(report.json() if options.json else report.text(), flush=True)
+    return 0 if report.clean else 1
+
+
+def precompile(options: argparse.Namespace) -> int:
+    from .model.config import DTYPES, LlamaConfig, read_json
+    from .precompile import precompile as fill
+    config = LlamaConfig.from_dir(options.config) if options.config.is_dir() else LlamaConfig.from_dict(read_json(options.config))
+    print(fill(config, options.arch, DTYPES.get(options.dtype), options.max_tokens, options.max_requests, options.multiprocessors,
+               workers=options.workers, progress=True))
+    return 0
 
 
 def doctor(options: argparse.Namespace) -> int:

@@ -13,19 +13,35 @@ from dataclasses import fields
 import torch
 
 from .kernels import activation, kv_cache, sampling
+from .kernels import adjust as _adjust
+from .kernels import advance as _advance
 from .kernels import attention as _attention
 from .kernels import embedding as _embedding
+from .kernels import expand as _expand
 from .kernels import linear as _linear
+from .kernels import linear_quantized as _linear_quantized
+from .kernels import logprobs as _logprobs
 from .kernels import merge as _merge
+from .kernels import ngram as _ngram
 from .kernels import rmsnorm as _rmsnorm
 from .kernels import rotary as _rotary
 from .kernels import schedule as _schedule
+from .kernels import verify as _verify
+from .kernels.adjust import Adjustments, check_adjustments
+from .kernels.advance import ERROR, LENGTH, STOP, State
 from .kernels.attention import Workspace
 from .kernels.attention import tiling as attention_tiling
+from .kernels.expand import Rows
+from .kernels.linear_quantized import pack_awq, pack_gptq
+from .kernels.logprobs import Logprobs
+from .kernels.logprobs import Workspace as LogprobsWorkspace
+from .kernels.ngram import Workspace as NgramWorkspace
 from .kernels.rotary import cos_sin_table
 from .kernels.sampling import BAD_OPTION, NO_TOKEN, check_options
 from .kernels.sampling import Workspace as SamplingWorkspace
 from .kernels.schedule import BAD_LENGTH, BAD_PAGE, MAX_R, Schedule, Tiling
+from .kernels.verify import Probabilities
+from .kernels.verify import Workspace as VerifyWorkspace
 
 NAMESPACE = "gkernels"
 _library = torch.library.Library(NAMESPACE, "FRAGMENT")     # the registrations live as long as this object
@@ -77,6 +93,12 @@ linear_out = _register(
 linear = _register(
     "linear(Tensor x, Tensor weight, Tensor? bias=None, Tensor? num_tokens=None, ScalarType? dtype=None) -> Tensor", _linear.linear,
     lambda x, weight, bias=None, num_tokens=None, dtype=None: x.new_empty(x.shape[0], weight.shape[0], dtype=dtype or x.dtype))
+linear_fp8_out = _register(
+    "linear_fp8_out(Tensor x, Tensor weight, Tensor scale, Tensor(a!) out, Tensor? bias=None, Tensor? num_tokens=None) -> ()",
+    _linear_quantized.linear_fp8_out)
+linear_int4_out = _register(
+    "linear_int4_out(Tensor x, Tensor weight, Tensor scales, Tensor(a!) out, Tensor? bias=None, Tensor? num_tokens=None) -> ()",
+    _linear_quantized.linear_int4_out)
 embedding_out = _register(
     "embedding_out(Tensor ids, Tensor weight, Tensor(a!) out, Tensor? num_tokens=None, int? padding_index=None) -> ()",
     _embedding.embedding_out)
@@ -130,10 +152,111 @@ def sample_out(logits: torch.Tensor, temperature: torch.Tensor, top_k: torch.Ten
 def sample(logits: torch.Tensor, temperature: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, min_p: torch.Tensor, seed: torch.Tensor,
            position: torch.Tensor, seq_lens: torch.Tensor, status: torch.Tensor, typical_p: torch.Tensor | None = None) -> torch.Tensor:
     """Returns one token a row, int32 [R], and ors flags into `status`: see gkernels.kernels.sampling."""
-    out = torch.empty(logits.shape[0], dtype=torch.int32, device=logits.device)
-    workspace = SamplingWorkspace.allocate(*logits.shape, logits.device)
+    R, V = logits.shape
+    out, workspace = torch.empty(R, dtype=torch.int32, device=logits.device), SamplingWorkspace.allocate(R, V, logits.device)
     sample_out(logits, temperature, top_k, top_p, min_p, seed, position, seq_lens, status, workspace, out, typical_p)
     return out
+
+
+def _adjust_tensors(logits, seq_lens, status, out, *adjustments):
+    _adjust.adjust_out(logits, Adjustments(*adjustments), seq_lens, status, out)
+
+
+_ADJUSTMENTS = ", ".join(f"Tensor? {field.name}=None" for field in fields(Adjustments))
+_adjust_op = _register(f"adjust_out(Tensor logits, Tensor seq_lens, Tensor(a!) status, Tensor(b!) out, {_ADJUSTMENTS}) -> ()", _adjust_tensors)
+_adjust_in_place_op = _register(
+    f"adjust_(Tensor(a!) logits, Tensor seq_lens, Tensor(b!) status, {_ADJUSTMENTS}) -> ()",
+    lambda logits, seq_lens, status, *adjustments: _adjust_tensors(logits, seq_lens, status, logits, *adjustments))
+
+
+def adjust_out(logits: torch.Tensor, adjustments: Adjustments, seq_lens: torch.Tensor, status: torch.Tensor, out: torch.Tensor) -> None:
+    """Writes the adjusted logits to `out`, another tensor: see gkernels.kernels.adjust. The registered op takes the adjustments one by one."""
+    _adjust_op(logits, seq_lens, status, out, *vars(adjustments).values())
+
+
+def adjust_(logits: torch.Tensor, adjustments: Adjustments, seq_lens: torch.Tensor, status: torch.Tensor) -> None:
+    """Adjusts the logits in place: see gkernels.kernels.adjust. The registered op takes the adjustments one by one."""
+    _adjust_in_place_op(logits, seq_lens, status, *vars(adjustments).values())
+
+
+_WRITTEN = ("token_ids", "seq_lens", "generated", "ended", "flags", "ring", "step", "running", "counts", "history")
+
+
+def _declared(field):
+    alias = f"({'abcdefghij'[_WRITTEN.index(field.name)]}!)" if field.name in _WRITTEN else ""
+    return f"Tensor{alias}? {field.name}=None" if field.default is None else f"Tensor{alias} {field.name}"
+
+
+_advance_op = _register(
+    f"advance(Tensor tokens, Tensor status, int vocab_size, {', '.join(_declared(field) for field in fields(State))}) -> ()",
+    lambda tokens, status, vocab_size, *state: _advance.advance(tokens, status, State(*state), vocab_size))
+
+
+def advance(tokens: torch.Tensor, status: torch.Tensor, state: State, vocab_size: int) -> None:
+    """Advances `state` in place by a step: see gkernels.kernels.advance. The registered op takes the state's tensors one by one."""
+    _advance_op(tokens, status, vocab_size, *vars(state).values())
+
+
+def _ngram_tensors(history, lengths, max_draft, min_n, max_n, keys, counts, draft, draft_len, slots=None):
+    _ngram.ngram_out(history, lengths, max_draft, min_n, max_n, NgramWorkspace(keys, counts), draft, draft_len, slots)
+
+
+_ngram_op = _register(
+    "ngram_out(Tensor history, Tensor lengths, Tensor max_draft, int min_n, int max_n, Tensor(a!) keys, Tensor(b!) counts, Tensor(c!) draft, "
+    "Tensor(d!) draft_len, Tensor? slots=None) -> ()", _ngram_tensors)
+
+
+def ngram_out(history: torch.Tensor, lengths: torch.Tensor, max_draft: torch.Tensor, min_n: int, max_n: int, workspace: NgramWorkspace,
+              draft: torch.Tensor, draft_len: torch.Tensor, slots: torch.Tensor | None = None) -> None:
+    """Writes drafts by prompt lookup: see gkernels.kernels.ngram. The registered op takes the workspace's tensors."""
+    _ngram_op(history, lengths, max_draft, min_n, max_n, workspace.keys, workspace.counts, draft, draft_len, slots)
+
+
+_expand_op = _register(
+    "expand_out(Tensor token_ids, Tensor seq_lens, Tensor draft, Tensor draft_len, Tensor limits, Tensor(a!) rows_token_ids, Tensor(b!) rows_draft, "
+    "Tensor(c!) request, Tensor(d!) position, Tensor(e!) query_start_loc, Tensor(f!) rows_seq_lens) -> ()",
+    lambda token_ids, seq_lens, draft, draft_len, limits, *rows: _expand.expand_out(token_ids, seq_lens, draft, draft_len, limits, Rows(*rows)))
+
+
+def expand_out(token_ids: torch.Tensor, seq_lens: torch.Tensor, draft: torch.Tensor, draft_len: torch.Tensor, limits: torch.Tensor,
+               out: Rows) -> None:
+    """Writes the rows of a speculative step: see gkernels.kernels.expand. The registered op takes the fields of `out`."""
+    _expand_op(token_ids, seq_lens, draft, draft_len, limits, *vars(out).values())
+
+
+def _verify_tensors(draft, sampled, query_start_loc, status, tokens, num_accepted, target=None, proposal=None, is_drawn=None, seed=None,
+                    position=None, scores=None, ids=None, counts=None):
+    probs = None if target is None else Probabilities(target, proposal, is_drawn, seed, position)
+    workspace = None if scores is None else VerifyWorkspace(scores, ids, counts)
+    _verify.verify_out(draft, sampled, query_start_loc, status, tokens, num_accepted, probs, workspace)
+
+
+_verify_op = _register(
+    "verify_out(Tensor draft, Tensor sampled, Tensor query_start_loc, Tensor(a!) status, Tensor(b!) tokens, Tensor(c!) num_accepted, "
+    "Tensor? target=None, Tensor? proposal=None, Tensor? is_drawn=None, Tensor? seed=None, Tensor? position=None, Tensor(d!)? scores=None, "
+    "Tensor(e!)? ids=None, Tensor(f!)? counts=None) -> ()", _verify_tensors)
+
+
+def verify_out(draft: torch.Tensor, sampled: torch.Tensor, query_start_loc: torch.Tensor, status: torch.Tensor, tokens: torch.Tensor,
+               num_accepted: torch.Tensor, probs: Probabilities | None = None, workspace: VerifyWorkspace | None = None) -> None:
+    """Judges drafts: see gkernels.kernels.verify. The registered op takes the tensors of `probs` and of the workspace."""
+    _verify_op(draft, sampled, query_start_loc, status, tokens, num_accepted, *(vars(probs).values() if probs else (None,) * 5),
+               *(vars(workspace).values() if workspace else (None,) * 3))
+
+
+def _logprobs_tensors(logits, seq_lens, token, tops, sums, before, keys, counts, *out):
+    _logprobs.logprobs_out(logits, seq_lens, token, LogprobsWorkspace(tops, sums, before, keys, counts), Logprobs(*out))
+
+
+_logprobs_op = _register(
+    "logprobs_out(Tensor logits, Tensor seq_lens, Tensor token, Tensor(a!) tops, Tensor(b!) sums, Tensor(c!) before, Tensor(d!) keys, "
+    "Tensor(e!) counts, Tensor(f!) logsumexp, Tensor(g!) logprob, Tensor(h!) rank, Tensor(i!) top_ids, Tensor(j!) top_logprobs) -> ()",
+    _logprobs_tensors)
+
+
+def logprobs_out(logits: torch.Tensor, seq_lens: torch.Tensor, token: torch.Tensor, workspace: LogprobsWorkspace, out: Logprobs) -> None:
+    """Writes log-probabilities and ranks: see gkernels.kernels.logprobs. The registered op takes the fields of the workspace and of `out`."""
+    _logprobs_op(logits, seq_lens, token, *vars(workspace).values(), *vars(out).values())
 
 
 _TILING = [(field.name, bool if field.type == "bool" else int) for field in fields(Tiling)]
@@ -191,7 +314,10 @@ def attention_out(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor,
     _attention_op(q, k_cache, v_cache, block_table, work, workspace.states, workspace.counters, out, lse, scale, tiling=_to_ints(tiling), **options)
 
 
-__all__ = ["BAD_LENGTH", "BAD_OPTION", "BAD_PAGE", "MAX_R", "NO_TOKEN", "SamplingWorkspace", "Schedule", "Tiling", "Workspace", "add_rmsnorm", "add_rmsnorm_out",
-           "attention", "attention_out", "attention_tiling", "check_options", "cos_sin_table", "embedding", "embedding_out", "kv_write", "linear",
-           "linear_out", "merge", "merge_out", "rmsnorm", "rmsnorm_out", "rotary", "rotary_kv_write", "rotary_out", "sample", "sample_out",
-           "schedule", "schedule_out", "silu_and_mul", "silu_and_mul_out"]
+__all__ = ["BAD_LENGTH", "BAD_OPTION", "BAD_PAGE", "ERROR", "LENGTH", "MAX_R", "NO_TOKEN", "STOP", "Adjustments", "Logprobs", "LogprobsWorkspace",
+           "NgramWorkspace", "Probabilities", "Rows", "SamplingWorkspace", "Schedule", "State", "Tiling", "VerifyWorkspace", "Workspace",
+           "add_rmsnorm", "add_rmsnorm_out", "adjust_", "adjust_out", "advance", "attention", "attention_out", "attention_tiling",
+           "check_adjustments", "check_options", "cos_sin_table", "embedding", "embedding_out", "expand_out", "kv_write", "linear", "linear_fp8_out",
+           "linear_int4_out", "linear_out", "logprobs_out", "merge", "merge_out", "ngram_out", "pack_awq", "pack_gptq", "rmsnorm", "rmsnorm_out",
+           "rotary", "rotary_kv_write", "rotary_out", "sample", "sample_out", "schedule", "schedule_out", "silu_and_mul", "silu_and_mul_out",
+           "verify_out"]

@@ -1,6 +1,6 @@
 """Compiles every kernel of tests/calls.py for GPUs that are not there:  python -m tests.aot sm_90:bfloat16,float32 gfx942:float32 ...
 
-A fake driver names the target, and each launch binds and compiles as it would at run time, with its own specialisation, but does not run.
+Each launch binds and compiles as it would at run time on the target (see gkernels.precompile), with its own specialisation, but does not run.
 A room that has no call in the dtypes asked for is compiled in float32.
 Prints JSON: {"kernels": [a row a target and binary], "census": {"configurations": [a row each, with its binaries], "resizes": by case}}.
 Run it in a process of its own, without TRITON_INTERPRET: a kernel decides at import whether it is compiled or interpreted.
@@ -14,71 +14,38 @@ import re
 import subprocess
 import sys
 import tempfile
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import get_context
 from pathlib import Path
-from unittest.mock import patch
 
 import torch
-import triton
-from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
-from triton.runtime import jit
 
-from tests.launches import tensors_in
+from gkernels.graph.memory import tensors_in
+from gkernels.precompile import Launch, compiling_for, in_workers, launches_of, target_of
 
-TARGETS = {"sm_80": GPUTarget("cuda", 80, 32), "sm_90": GPUTarget("cuda", 90, 32), "sm_100": GPUTarget("cuda", 100, 32),
-           "sm_120": GPUTarget("cuda", 120, 32), "gfx942": GPUTarget("hip", "gfx942", 64)}
 CAPACITIES = (1, 3, 16, 17, 64)   # what Triton would tell apart: 1, multiples of 16, and the rest
 WIDE = re.compile(r"(?:ld|st)\.global[.\w:]*\.(?:v4\.[bf]32|v2\.b64|v8\.b32|v4\.b64)"
                   r"|cp\.async\.\w+\.shared\.global[^;]* (?:16|0x10),|cp\.async\.bulk")
 NARROW = re.compile(r"ld\.global[.\w:]*(?<!\.v[248])\.[bfsu]\d+\b")
 
 
-class Driver:
-    """What JITFunction asks of a driver before it compiles. A target is a device of its own: no binary is taken for another's."""
-
-    def __init__(self, name):
-        self.name = name
-
-    def get_current_target(self):
-        return TARGETS[self.name]
-
-    def get_current_device(self):
-        return self.name
+def configuration(launch):
+    """Kernel, constexprs, dtypes and options: launches that agree in these must share one binary."""
+    values = {p.name: value if p.is_constexpr else str(getattr(value, "dtype", type(value).__name__)).removeprefix("torch.")
+              for p, value in zip(launch.kernel.params, launch.bound.values(), strict=True)}
+    return f"{launch.kernel.__name__} {values} {launch.options}"
 
 
-class Launch:
-    """A launch, bound for the active driver's target: `key` names its binary."""
+def with_capacity(launch, n):
+    """The same launch with n for every run-time integer that is no stride."""
+    bound = {p.name: n if type(value) is int and not p.is_constexpr and not p.name.startswith("stride") else value
+             for p, value in zip(launch.kernel.params, launch.bound.values(), strict=True)}
+    return Launch(launch.kernel, (), launch.options | bound)
 
-    def __init__(self, kernel, args, kwargs):
-        _, keys, self.target, self.backend, binder = kernel.device_caches[triton.runtime.driver.active.get_current_device()]
-        self.kernel, self.kwargs = kernel, dict(kwargs, debug=False, instrumentation_mode="")
-        if self.target.backend == "hip":
-            self.kwargs.pop("launch_pdl", None)                     # an option of the CUDA backend alone
-        self.bound, self.specialization, self.options = binder(*args, **self.kwargs)
-        self.key = jit.compute_cache_key(keys, self.specialization, self.options)
 
-    @property
-    def configuration(self):
-        """Kernel, constexprs, dtypes and options: launches that agree in these must share one binary."""
-        values = {p.name: value if p.is_constexpr else str(getattr(value, "dtype", type(value).__name__)).removeprefix("torch.")
-                  for p, value in zip(self.kernel.params, self.bound.values(), strict=True)}
-        return f"{self.kernel.__name__} {values} {self.options}"
-
-    def with_capacity(self, n):
-        """The same launch with n for every run-time integer that is no stride."""
-        bound = {p.name: n if type(value) is int and not p.is_constexpr and not p.name.startswith("stride") else value
-                 for p, value in zip(self.kernel.params, self.bound.values(), strict=True)}
-        return Launch(self.kernel, (), self.options | bound)
-
-    def compile(self):
-        """What became of the kernel: registers, spilled bytes, shared memory, local memory and the width of its loads."""
-        options, *source = self.kernel._pack_args(self.backend, self.kwargs, self.bound, self.specialization, self.options)
-        compiled = triton.compile(triton.compiler.ASTSource(self.kernel, *source), self.target, options.__dict__)
-        report = hip_report if self.target.backend == "hip" else cuda_report
-        return {"shared": compiled.metadata.shared} | report(compiled.asm)
+def report(launch):
+    """What becomes of the kernel: registers, spilled bytes, shared memory, local memory and the width of its loads."""
+    compiled = launch.compile()
+    return {"shared": compiled.metadata.shared} | (hip_report if launch.target.backend == "hip" else cuda_report)(compiled.asm)
 
 
 def cuda_report(asm):
@@ -113,15 +80,6 @@ def hip_report(asm):
     return {"registers": count("vgpr_count"), "spills": count("vgpr_spill_count")}
 
 
-def launches_of(function, arguments):
-    """The launches of one call, none of which runs."""
-    found = []
-    bind = lambda kernel, *args, grid, warmup, **kwargs: found.append(Launch(kernel, args, kwargs))
-    with patch.object(jit.JITFunction, "run", bind), patch("gkernels.kernels._check.can_run", return_value=True):
-        function(*arguments)
-    return found
-
-
 def resized(arguments, dim, old, new, prefix_sums):
     """The call's arguments with `new` for `old` as dimension `dim` of every tensor, and with `prefix_sums` new + 1 for old + 1. In
     dimension 1, where other tensors have model constants, only tables are resized."""
@@ -153,7 +111,7 @@ def resizes(function, arguments):
               for prefix_sums in ((False,) if dim else (False, True))]
     for other in [*others, unaligned(arguments)]:
         try:
-            yield launches_of(function, other)
+            yield launches_of(function, *other)
         except (ValueError, TypeError, IndexError, RuntimeError):
             continue
 
@@ -162,52 +120,27 @@ def census(named_calls):
     """How many binaries a configuration takes over all capacities, what tells them apart, and how many resizes each case stood."""
     found, stood = {}, {}
     for case, function, arguments in named_calls:
-        launches = launches_of(function, arguments)
+        launches = launches_of(function, *arguments)
         others = list(resizes(function, arguments))
         stood[case] = len(others)
-        for launch in sum(others, launches + [launch.with_capacity(n) for launch in launches for n in CAPACITIES]):
-            found.setdefault(launch.configuration, {}).setdefault(launch.key, (case, launch))
+        for launch in sum(others, launches + [with_capacity(launch, n) for launch in launches for n in CAPACITIES]):
+            found.setdefault(configuration(launch), {}).setdefault(launch.key, (case, launch))
     rows = []
-    for configuration, binaries in found.items():
+    for words, binaries in found.items():
         launches = [launch for _, launch in binaries.values()]
         columns = zip(launches[0].kernel.params, *(launch.specialization for launch in launches), strict=True)
-        rows.append({"configuration": configuration, "kernel": launches[0].kernel.__name__, "case": next(iter(binaries.values()))[0],
+        rows.append({"configuration": words, "kernel": launches[0].kernel.__name__, "case": next(iter(binaries.values()))[0],
                      "binaries": len(binaries), "told apart by": {p.name: seen for p, *seen in columns if len(set(map(str, seen))) > 1}})
     return {"configurations": rows, "resizes": stood}
 
 
-JOBS = []   # (target, case, launch): filled before the workers fork, since a kernel does not pickle
-
-
-def compile_job(i):
-    target, case, launch = JOBS[i]
-    row = {"target": target, "case": case, "kernel": launch.kernel.__name__}
-    try:
-        return row | launch.compile()
-    except Exception as error:
-        return row | {"error": f"{type(error).__name__}: {error}"[:2000]}
-
-
 def plan(target, named_calls):
-    """Adds the target's binaries to JOBS, each once."""
-    triton.runtime.driver.set_active(Driver(target))
-    seen = set()
+    """The target's binaries as (target, case, launch), each once."""
+    jobs = {}
     for case, function, arguments in named_calls:
-        for launch in launches_of(function, arguments):
-            if (launch.kernel.__name__, launch.key) not in seen:
-                seen.add((launch.kernel.__name__, launch.key))
-                JOBS.append((target, case, launch))
-
-
-def compile_all(workers):
-    """One row a job. A compiler that ends its process fails the jobs that were under way, by name."""
-    with ProcessPoolExecutor(workers, get_context("fork")) as pool:
-        futures = [pool.submit(compile_job, i) for i in range(len(JOBS))]
-        for (target, case, launch), future in zip(JOBS, futures, strict=True):
-            try:
-                yield future.result()
-            except BrokenProcessPool:
-                yield {"target": target, "case": case, "kernel": launch.kernel.__name__, "error": "the compiler ended a worker process"}
+        for launch in launches_of(function, *arguments):
+            jobs.setdefault((launch.kernel.__name__, launch.key), (target, case, launch))
+    return list(jobs.values())
 
 
 def main():
@@ -218,17 +151,20 @@ def main():
     options = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET"):
         sys.exit("python -m tests.aot: TRITON_INTERPRET is set, so kernels would be interpreted; run it without")
-    all_calls = importlib.import_module(options.calls).all_calls
+    all_calls, jobs = importlib.import_module(options.calls).all_calls, []
     for word in options.targets:
         target, _, dtypes = word.partition(":")
-        triton.runtime.driver.set_active(Driver(target))                # before the calls are made: tiles may depend on the target
-        named_calls = list(all_calls("cpu", [getattr(torch, dtype) for dtype in dtypes.split(",")]))
-        rooms = {case.split(".")[0] for case, *_ in named_calls}
-        # first, so that a kernel which another room launches too is counted to its own
-        plan(target, [call for call in all_calls("cpu", [torch.float32]) if call[0].split(".")[0] not in rooms] + named_calls)
-    rows = list(compile_all(options.workers))
-    triton.runtime.driver.set_active(Driver("sm_90"))
-    print(json.dumps({"kernels": rows, "census": census(all_calls("cpu"))}))
+        with compiling_for(target_of(target)):                          # before the calls are made: tiles may depend on the target
+            named_calls = list(all_calls("cpu", [getattr(torch, dtype) for dtype in dtypes.split(",")]))
+            rooms = {case.split(".")[0] for case, *_ in named_calls}
+            # first, so that a kernel which another room launches too is counted to its own
+            jobs += plan(target, [call for call in all_calls("cpu", [torch.float32]) if call[0].split(".")[0] not in rooms] + named_calls)
+    rows = []
+    for (target, case, launch), found in zip(jobs, in_workers(report, [launch for *_, launch in jobs], options.workers), strict=True):
+        found = found if isinstance(found, dict) else {"error": str(found)}
+        rows.append({"target": target, "case": case, "kernel": launch.kernel.__name__} | found)
+    with compiling_for(target_of("sm_90")):
+        print(json.dumps({"kernels": rows, "census": census(all_calls("cpu"))}))
 
 
 if __name__ == "__main__":

@@ -150,6 +150,19 @@ def linear(device, dtype):
 
 
 @room
+def linear_quantized(device, dtype):
+    from gkernels.kernels import linear_quantized
+    tensor = lambda *shape, dtype=dtype: torch.zeros(shape, dtype=dtype, device=device)
+    for T, N, K, fp8_scales, groups in ((1, 8448, 512, (8448,), 4), (60, 8448, 512, (66, 2), 16), (1, 3072, 512, (24, 2), 2),
+                                        (60, 3072, 512, (3072,), 4), (1, 64, 256, (64,), 1), (300, 24, 384, (1, 2), 3), (3, 5, 40, (5,), 1)):
+        rest = tensor(T, N), tensor(N), counter(1, device)
+        fp8, scale = tensor(N, K // 2).to(torch.float8_e4m3fn), tensor(*fp8_scales, dtype=torch.float32)
+        yield f"fp8 T{T} N{N} K{K // 2}", linear_quantized.linear_fp8_out, (tensor(T, K // 2), fp8, scale, *rest)
+        int4, scales = (tensor(*shape, dtype=torch.int32) for shape in ((N, -(-K // 256) * 32), (groups, N)))
+        yield f"int4 T{T} N{N} K{K}", linear_quantized.linear_int4_out, (tensor(T, K), int4, scales, *rest)
+
+
+@room
 def sampling(device, dtype):
     from gkernels.kernels import sampling
     for V in (1, 300, 5008):
@@ -166,3 +179,93 @@ def sample(logits, temperature, top_k, top_p, min_p, seed, position, seq_lens, s
     from gkernels.kernels import sampling
     workspace.counts.zero_()
     sampling.sample_out(logits, temperature, top_k, top_p, min_p, seed, position, seq_lens, status, workspace, *outputs)
+
+
+@room
+def adjust(device, dtype):
+    from gkernels.kernels import adjust
+    for V in (300, 5008):
+        logits, full = torch.zeros(2, V, dtype=dtype, device=device), lambda *shape: torch.zeros(2, *shape, dtype=torch.int32, device=device)
+        lens, words, one = full() + 1, -(-V // 32), torch.ones(2, device=device)
+        every = adjust.Adjustments(full(5), torch.zeros(2, 5, device=device), one, one, one, full(V), full(words), full(words) - 1, full(3), full(2),
+                                   full(), full())
+        yield f"V{V}", adjust.adjust_out, (logits, every, lens, full(), torch.empty(2, V, device=device))
+        yield f"V{V} in place", adjust.adjust_out, (logits, adjust.Adjustments(banned_ids=full(3)), lens, full(), logits)
+
+
+@room
+def advance(device, dtype):
+    from gkernels.kernels import advance
+    if dtype == torch.float32:                       # integers only: one dtype tells it all
+        for R in (3, 17):
+            ints = lambda *shape, R=R: torch.ones(*(shape or (R,)), dtype=torch.int32, device=device)
+            rows = ints(), ints(R, 2), ints(), ints(), ints(), ints(), ints(), ints(), ints(), ints(4, R), ints(1), ints(1)
+            slots = torch.arange(R, dtype=torch.int32, device=device)
+            yield f"R{R}", advance.advance, (ints(), ints(), advance.State(*rows), 50)
+            yield f"R{R} tables", advance.advance, (ints(), ints(), advance.State(*rows, slots, ints(R, 50), ints(R, 40)), 50)
+
+
+@room
+def ngram(device, dtype):
+    from gkernels.kernels import ngram
+    if dtype == torch.float32:                       # integers only: one dtype tells it all
+        for L, K, max_n in ((50, 1, 2), (3000, 5, 4)):
+            history, ints = torch.zeros(4, L, dtype=torch.int32, device=device), torch.ones(4, 3, dtype=torch.int32, device=device)
+            workspace, draft = ngram.Workspace.allocate(3, device), torch.zeros(3, K, dtype=torch.int32, device=device)
+            yield f"L{L} K{K}", look_up, (history, *ints[:2], 1, max_n, workspace, draft, ints[2])
+            yield f"L{L} K{K} slots", look_up, (history, *ints[:2], 1, max_n, workspace, draft, ints[2], ints[3])
+
+
+def look_up(history, lengths, max_draft, min_n, max_n, workspace, draft, draft_len, slots=None):
+    """ngram_out with what it may rely on: a workspace of zeros."""
+    from gkernels.kernels import ngram
+    workspace.keys.zero_()
+    workspace.counts.zero_()
+    ngram.ngram_out(history, lengths, max_draft, min_n, max_n, workspace, draft, draft_len, slots)
+
+
+@room
+def verify(device, dtype):
+    from gkernels.kernels import verify
+    if dtype == torch.float32:                       # integers and probabilities: one dtype tells it all
+        ints = torch.ones(4, 7, dtype=torch.int32, device=device)
+        starts, requests = torch.tensor([0, 3, 4, 6], dtype=torch.int32, device=device), torch.ones(3, 3, dtype=torch.int32, device=device)
+        for K in (2, 7):
+            yield f"K{K}", verify.verify_out, (*ints[:2], starts, requests[0], requests.new_empty(3, K + 1), requests[1])
+        for V in (300, 5008):
+            target, proposal = torch.zeros(2, 7, V, device=device)
+            probs = verify.Probabilities(target, proposal, requests[2], requests[2].long(), ints[3])
+            workspace = verify.Workspace.allocate(3, V, device)
+            yield f"V{V}", judge, (*ints[:2], starts, requests[0], requests.new_empty(3, 3), requests[1], probs, workspace)
+
+
+def judge(draft, sampled, query_start_loc, status, tokens, num_accepted, probs, workspace):
+    """verify_out with what it may rely on: counts that are zeros."""
+    from gkernels.kernels import verify
+    workspace.counts.zero_()
+    verify.verify_out(draft, sampled, query_start_loc, status, tokens, num_accepted, probs, workspace)
+
+
+@room
+def logprobs(device, dtype):
+    from gkernels.kernels import logprobs
+    for V, n in ((1, 0), (300, 5), (5008, 20)):
+        logits, ints = torch.zeros(2, V, dtype=dtype, device=device), torch.ones(2, 2, dtype=torch.int32, device=device)
+        workspace, out = logprobs.Workspace.allocate(2, V, n, device), logprobs.Logprobs.allocate(2, n, device)
+        yield f"V{V} n{n}", rank, (logits, *ints, workspace, out)
+
+
+def rank(logits, seq_lens, token, workspace, out):
+    """logprobs_out with what it may rely on: counts that are zeros."""
+    from gkernels.kernels import logprobs
+    workspace.counts.zero_()
+    logprobs.logprobs_out(logits, seq_lens, token, workspace, out)
+
+
+@room
+def expand(device, dtype):
+    from gkernels.kernels import expand
+    if dtype == torch.float32:                       # integers only: one dtype tells it all
+        for R, K in ((3, 4), (17, 1)):
+            ints = lambda *shape: torch.ones(shape, dtype=torch.int32, device=device)
+            yield f"R{R} K{K}", expand.expand_out, (ints(R), ints(R), ints(R, K), ints(R), ints(R), expand.Rows.allocate(R, K, device))

@@ -16,10 +16,11 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
 
+import reference.adjust as reference_adjust
 import reference.llama as reference_llama
 import reference.sampling as reference_sampling
 from gkernels import ops
-from gkernels.graph import Buckets
+from gkernels.graph import Buckets, Burst
 from gkernels.model.cache import PagedCache
 from gkernels.model.config import LlamaConfig
 from gkernels.model.engine import Engine, Event, Sampling
@@ -31,7 +32,7 @@ from tests.strategies_model import tiny_config
 
 VOCAB, EOS, UNLUCKY = 97, 2, 13     # UNLUCKY: the token whose embedding is NaN
 MAX_LEN = 48
-SMALL = dict(max_tokens=16, max_requests=4, max_len=MAX_LEN, page_size=4)
+SMALL = dict(max_tokens=16, max_requests=4, max_len=MAX_LEN, page_size=4, burst=3)
 
 
 @lru_cache(None)
@@ -75,6 +76,7 @@ class PaperStep:
     def __init__(self, engine):
         self.max_tokens, self.max_requests = engine.step_fn.max_tokens, engine.step_fn.max_requests
         self.width, self.page_size, self.slots = engine.step_fn.table_width, engine.page_size, {}
+        self.depth, self.adjusts = engine.step_fn.depth, True
 
     def stage(self, rows):
         pages = [page for row in rows for page in row.pages]
@@ -84,17 +86,33 @@ class PaperStep:
             assert row.seq_len <= len(row.pages) * self.page_size and len(row.pages) <= self.width
             for at, token in enumerate(row.token_ids, row.seq_len - len(row.token_ids)):
                 self.slots[row.pages[at // self.page_size], at % self.page_size] = token
-        self.rows = rows
+        self.rows, self.lines, self.flags, self.lens = rows, [], [0] * len(rows), [row.seq_len for row in rows]
         return sum(len(row.token_ids) for row in rows)
 
     def __call__(self, bucket):
-        self.bucket = bucket
+        """Draws, and advances rows that emit, as the device does."""
+        self.lines.append([-1] * len(self.rows))
+        for i, row in enumerate(self.rows):
+            held = tuple(self.slots[row.pages[at // self.page_size], at % self.page_size] for at in range(self.lens[i]))
+            self.flags[i] |= ops.NO_TOKEN if UNLUCKY in held else 0
+            if self.lens[i] and not self.flags[i]:
+                token, at, n = self.draw(i, held, row.sampling.seed), self.lens[i], self.lens[i] - row.seq_len + 1
+                self.lines[-1][i] = token
+                ends = token in row.ends or row.generated + n >= row.sampling.max_tokens or at + 1 >= row.max_len
+                self.lens[i] = at + 1 if row.emits and not ends else 0
+                if self.lens[i] and len(row.pages) * self.page_size > at:
+                    self.slots[row.pages[at // self.page_size], at % self.page_size] = token
 
     def read(self, num_requests):
-        held = [tuple(self.slots[row.pages[at // self.page_size], at % self.page_size] for at in range(row.seq_len)) for row in self.rows]
-        good = [UNLUCKY not in tokens for tokens in held]
-        return ([self.draw(i, tokens, row.seed) if g else -1 for i, (tokens, row, g) in enumerate(zip(held, self.rows, good, strict=True))],
-                [0 if g else ops.NO_TOKEN for g in good])
+        assert len(self.lines) == 1
+        return self.lines[0], self.flags
+
+    def read_ring(self, bucket, num_requests):
+        assert len(self.lines) == self.depth
+        return self.lines, self.flags
+
+    def enter(self, slot, prompt, output):
+        assert not (slot, len(prompt), len(output)) < (0, 1, 0)
 
     def draw(self, row, tokens, seed):
         return zlib.crc32(repr((tokens, seed)).encode()) % VOCAB
@@ -108,6 +126,7 @@ class Paper(Real):
     def engine(self, kind=Engine, **options):
         engine = kind(self.model, **SMALL | options, capture=False)
         engine.step_fn = engine.runner.step = self.step(engine)
+        engine.burst = Burst(engine.step_fn, engine.burst.steps, engine.burst.buckets, "cpu")
         return engine
 
     def next_token(self, tokens, s):
@@ -147,12 +166,15 @@ def step(engine):
     """One step that must get on, its events checked against the requests."""
     steps, lengths = engine.steps, {i: len(r.output) for i, r in engine.requests.items()}
     busy, events = engine.busy, engine.step()
-    assert engine.steps == steps + busy, "the engine is busy, but computed nothing"
-    assert len({e.request_id for e in events}) == len(events)
+    assert engine.steps - steps in ((1, engine.burst.steps) if busy else (0,)), "the engine is busy, but computed nothing"
+    brought = {}
     for event in events:
-        request = engine.requests[event.request_id]
-        assert event.finish_reason == request.finish_reason
-        assert request.output[lengths.pop(request.id):] == ([] if event.token is None else [event.token])
+        brought.setdefault(event.request_id, []).append(event)
+    for i, news in brought.items():
+        request = engine.requests[i]
+        assert len(news) <= engine.steps - steps and news[-1].finish_reason == request.finish_reason
+        assert not any(event.finish_reason for event in news[:-1])
+        assert request.output[lengths.pop(i):] == [event.token for event in news if event.token is not None]
     assert all(len(engine.requests[i].output) == n for i, n in lengths.items()), "a token without an event"
     check_books(engine)
     return events
@@ -307,6 +329,100 @@ def test_arrivals_change_no_token_on_the_kernels(device, requests, options):
     check_arrivals(Real(device), requests, options)
 
 
+def check_bursts(device, burst, kind=Engine, **model):
+    """Bursts bring the tokens, and leave the keys and values, of single steps."""
+    world = Real(device, **model)
+    options = [Sampling(9, ignore_eos=True), Sampling(7, 0.8, 20, seed=3), Sampling(5, ignore_eos=True), Sampling(8, 0.9, seed=5)]
+    engines = [world.engine(kind, burst=n, num_pages=60) for n in (1, burst)]
+    left = [engine.generate(prompts(3, 1, 6, 2), options) for engine in engines]
+    assert engines[0].bursts == 0 and engines[1].bursts > 0 and left[0] == left[1]
+    assert left[0] == [want(world, p, s)[0] for p, s in zip(prompts(3, 1, 6, 2), options, strict=True)]
+    for name in ("keys", "values"):
+        single, burst = (getattr(engine.cache, name).view(-1) for engine in engines)
+        assert_same(single.sort().values, burst.sort().values)             # bursts take pages in another order, so slots differ, not their contents
+    return engines[1]
+
+
+@pytest.mark.parametrize("burst", [2, 5])
+def test_bursts_equal_single_steps(device, burst):
+    check_bursts(device, burst)
+
+
+class Overrunning(Engine):
+    """Its bursts go one step on, which no token shows."""
+
+    def _reserve_burst(self, batch):
+        burst = self.burst.step
+        self.burst.step = lambda bucket: (burst(bucket), self.step_fn(bucket))
+        return super()._reserve_burst(batch)
+
+
+class Hasty(Engine):
+    """Counts a token too many where it decodes."""
+
+    def _row(self, request, n):
+        return replace(super()._row(request, n), generated=len(request.output) + 1)
+
+
+@pytest.mark.parametrize("kind", [Overrunning, Hasty])
+def test_a_broken_burst_is_caught(device, kind):
+    with pytest.raises((AssertionError, RuntimeError)):
+        check_bursts(device, 5, kind)
+
+
+PENALISED = Sampling(8, 0.7, 40, seed=2, ignore_eos=True, repetition_penalty=2.5, presence_penalty=9.0, frequency_penalty=5.0,
+                     logit_bias={7: 20.0, 9: -2.0}, banned_token_ids=(11, 12), typical_p=0.95)
+
+
+def adjusted(world, prompt, s):
+    """The tokens of a request with penalties, by the references."""
+    m, device, tokens = world.model, world.model.weights.embed.device, list(prompt)
+    one = lambda value, dtype=torch.int32: torch.tensor([value], dtype=dtype, device=device)
+    real = torch.float32
+    while len(tokens) - len(prompt) < s.max_tokens:
+        logits = reference_llama.forward(m.weights, m.config, torch.tensor(tokens, device=device), m.cos_sin)[-1:]
+        bits = torch.zeros(1, 32 * -(-VOCAB // 32), dtype=torch.int64)
+        bits[0, prompt] = 1
+        words = (bits.view(1, -1, 32) << torch.arange(32)).sum(-1).to(torch.int32).to(device)
+        counts = torch.bincount(torch.tensor(tokens[len(prompt):], dtype=torch.int64), minlength=VOCAB).to(torch.int32)[None].to(device)
+        options = ops.Adjustments(one([*s.logit_bias]), one([*s.logit_bias.values()], real), one(s.repetition_penalty, real),
+                                  one(s.presence_penalty, real), one(s.frequency_penalty, real), counts, words, None, one([*s.banned_token_ids]),
+                                  one([EOS, *s.stop_token_ids]), one(s.min_tokens), one(len(tokens) - len(prompt)))
+        n, status = one(len(tokens)), one(0)
+        x = reference_adjust.adjust(logits, options, n, status)
+        tokens.append(int(reference_sampling.sample(x, one(s.temperature, real), one(s.top_k), one(s.top_p, real), one(s.min_p, real),
+                                                    one(s.seed, torch.int64), n, n, status, one(s.typical_p, real))))
+    return tokens[len(prompt):]
+
+
+@pytest.mark.parametrize("burst", [1, 3])
+def test_penalties_biases_and_bans_follow_their_request(device, burst):
+    """Through single steps, bursts and preemptions, among requests without them."""
+    world, batch = Real(device), prompts(3, 5, 2)
+    engine = world.engine(burst=burst, num_pages=7)
+    options = [PENALISED, Sampling(8, ignore_eos=True), replace(PENALISED, seed=9, temperature=0.0)]
+    got = engine.generate(batch, options)
+    assert engine.preemptions > 0 and (burst == 1 or engine.bursts > 0)
+    assert got == [adjusted(world, batch[0], options[0]), want(world, batch[1], options[1])[0], adjusted(world, batch[2], options[2])]
+    assert got[0] != want(world, batch[0], PENALISED)[0] and not {11, 12} & {*got[0], *got[2]}
+
+
+def test_min_tokens_hold_back_the_end(device):
+    world, prompt = Real(device), prompts(3)[0]
+    tokens = want(world, prompt, Sampling(6, ignore_eos=True))[0]
+    s = Sampling(6, stop_token_ids=tuple(tokens[:2]), min_tokens=4)
+    got = world.engine().generate([prompt], s)[0]
+    assert len(got) >= 4 and not set(got[:4]) & set(tokens[:2]) and world.engine().generate([prompt], replace(s, min_tokens=0)) == [tokens[:1]]
+
+
+def test_an_engine_without_adjustments_refuses_them(device):
+    engine = Paper(device).engine()
+    engine.step_fn.adjusts = False
+    with pytest.raises(ValueError, match="got penalties, biases, bans or min_tokens, expected none of them in an engine made with adjusts=False"):
+        engine.add([3], PENALISED)
+    assert not engine.requests
+
+
 def test_a_token_that_depends_on_its_place_is_caught(device):
     class Placed(PaperStep):
         def draw(self, row, tokens, seed):
@@ -431,7 +547,7 @@ def test_cancel_leaves_the_others_alone(device, kind, steps, state):
 
 
 def test_ended_and_unknown_requests_cannot_be_cancelled(device):
-    engine = Paper(device).engine()
+    engine = Paper(device).engine(burst=1)
     ended, cancelled = engine.add([5], Sampling(1)), engine.add([6])
     step(engine)
     engine.cancel(cancelled)
@@ -527,7 +643,7 @@ def test_bad_rows_of_a_step_are_flagged_and_alone(device):
     logits = s(s.stage([Row(c, 1, [10**6]), good[0], Row(c, 1, [-1]), good[1]]))
     assert s.read(4)[1] == [ops.BAD_PAGE | ops.NO_TOKEN, 0, ops.BAD_PAGE | ops.NO_TOKEN, 0] and s.read(4)[0] == [-1, tokens[0], -1, tokens[1]]
     assert_same(logits[[1, 3]], clean[:2])
-    n = s.stage([Row(b, 2, [3]), good[0], Row(c, 1, [4]), Row(c, 1, [5], temperature=-1.0)])
+    n = s.stage([Row(b, 2, [3]), good[0], Row(c, 1, [4]), Row(c, 1, [5], Sampling(temperature=-1.0))])
     s.buffers.stage("seq_lens", [1, 3, 10**6, 1])
     s.buffers.upload()
     logits = s(n)
@@ -571,7 +687,7 @@ BAD_ADDS = [
     ([1.0], {}, r"got \[1.0\], expected Python integers"),
     (["a"], {}, r"got \['a'\], expected Python integers"),
     ([1] * MAX_LEN, {}, f"prompt: got {MAX_LEN} tokens, expected at most {MAX_LEN - 1}"),
-    ([1], dict(stop_token_ids=(VOCAB,)), rf"prompt or stop_token_ids: got \[{VOCAB}\]"),
+    ([1], dict(stop_token_ids=(VOCAB,)), rf"stop_token_ids: got \[{VOCAB}\]"),
     ([1], dict(max_tokens=0), "max_tokens: got 0, expected at least 1"),
     ([1], dict(max_tokens=2.0), "max_tokens: got 2.0, expected at least 1"),
     ([1], dict(max_tokens=True), "max_tokens: got True, expected at least 1"),
@@ -590,6 +706,13 @@ BAD_ADDS = [
     ([1], dict(top_p=1.01), "sample: top_p: got 1.01, expected a number above 0"),
     ([1], dict(min_p=-0.1), "sample: min_p: got -0.1, expected a number from 0 to 1"),
     ([1], dict(min_p=float("nan")), "sample: min_p: got nan, expected a number from 0 to 1"),
+    ([1], dict(typical_p=0.0), "sample: typical_p: got 0.0, expected a number above 0"),
+    ([1], dict(logit_bias={VOCAB: 1.0}), f"adjust: bias: got token {VOCAB}, expected token ids from 0"),
+    ([1], dict(logit_bias={i: 1.0 for i in range(33)}), "logit_bias: got 33 tokens, expected at most 32"),
+    ([1], dict(stop_token_ids=tuple(range(16))), "end-of-sequence tokens: got 17 tokens, expected at most 16") if EOS > 15 else
+    ([1], dict(stop_token_ids=tuple(range(17))), "end-of-sequence tokens: got 17 tokens, expected at most 16"),
+    ([1], dict(repetition_penalty=0.0), "adjust: repetition: got 0.0, expected a positive number"),
+    ([1], dict(min_tokens=-1), "adjust: min_tokens: got -1"),
 ]
 
 

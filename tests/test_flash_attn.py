@@ -9,10 +9,11 @@ from hypothesis import strategies as st
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from gkernels.graph.launches import record
+from gkernels.graph.memory import fill_with_junk, tensors_in
 from gkernels.integrations import flash_attn as face
 from gkernels.kernels import rotary as rotary_room
 from tests.close import assert_close, assert_same
-from tests.launches import fill_with_junk, record, tensors_in
 from tests.strategies import binaries, poisons, randn, seeds
 
 EMPTY = float("-inf")

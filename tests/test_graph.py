@@ -10,16 +10,20 @@ import torch
 import triton
 import triton.language as tl
 
-from gkernels.graph import Buckets, GraphRunner
+from gkernels import ops
+from gkernels.graph import Buckets, CompiledAfterWarmUp, GraphRunner, PiecewiseRunner, frozen
+from gkernels.graph.memory import tensors_in
 from gkernels.model.cache import PagedCache
 from gkernels.model.config import LlamaConfig
 from gkernels.model.llama import Llama
 from gkernels.model.load import random_weights
+from gkernels.model.sampling import Sampling
 from gkernels.model.step import Row, Step
 from tests.close import assert_same
-from tests.launches import tensors_in
 
 pytestmark = pytest.mark.gpu
+PIECEWISE = {"unsafe": [(ops, "attention_out")]}
+RUNNERS = [(GraphRunner, {}), (PiecewiseRunner, PIECEWISE)]
 T, R, PAGE, PAGES, MAX_LEN = 160, 24, 16, 400, 512
 SHAPES = dict(architectures=["LlamaForCausalLM"], vocab_size=1000, hidden_size=256, intermediate_size=512, num_hidden_layers=3,
               num_attention_heads=8, num_key_value_heads=2, head_dim=32, rms_norm_eps=1e-5, rope_theta=1e4, max_position_embeddings=MAX_LEN,
@@ -150,7 +154,7 @@ def test_every_bucket_gives_the_same_bits(step):
     runner = GraphRunner(step, Buckets([8, 16, 40, 64]), "cuda")
     with eager_memory():
         runner.capture(progress=False)
-    rows = [Row([5], 40, [1, 2, 3], seed=9, temperature=1.0), Row([7, 8, 9], 3, [4]), Row([1], 200, list(range(10, 23)))]
+    rows = [Row([5], 40, [1, 2, 3], Sampling(seed=9, temperature=1.0)), Row([7, 8, 9], 3, [4]), Row([1], 200, list(range(10, 23)))]
     results = []
     for bucket in runner.buckets:
         step.stage(rows)
@@ -162,13 +166,9 @@ def test_every_bucket_gives_the_same_bits(step):
     assert "nodes" in runner.report() and all(c.nodes > 20 for c in runner.graphs.values())
 
 
-def refuse_to_compile(**kwargs):
-    raise AssertionError(f"compiled after warm-up: {kwargs.get('repr')}")
-
-
 @contextmanager
 def traps():
-    """RuntimeError where torch waits for the device by itself, AssertionError for a compilation and, at the end, for an allocation.
+    """RuntimeError where torch waits for the device by itself and for a compilation, AssertionError, at the end, for an allocation.
     Yields a Counter of the waits that are asked for by name, which torch's trap lets through."""
     stats = lambda: {k: v for k, v in torch.cuda.memory_stats().items() if k.endswith(".allocated")}
     waits = Counter()
@@ -181,8 +181,7 @@ def traps():
 
     torch.cuda.synchronize()
     before = stats()
-    with pytest.MonkeyPatch.context() as patches:
-        patches.setattr(triton.knobs.runtime, "jit_post_compile_hook", refuse_to_compile)
+    with frozen(), pytest.MonkeyPatch.context() as patches:
         patches.setattr(torch.cuda.Event, "synchronize", counted("event", torch.cuda.Event.synchronize))
         patches.setattr(torch.cuda.Stream, "synchronize", counted("stream", torch.cuda.Stream.synchronize))
         patches.setattr(torch.cuda, "synchronize", counted("device", torch.cuda.synchronize))
@@ -221,8 +220,18 @@ def test_control_the_traps_catch_a_read_an_allocation_and_a_compilation(step):
         step.results[0, 0].item()
     with pytest.raises(AssertionError, match="allocated after warm-up"), traps():
         torch.empty(1000, device="cuda")
-    with pytest.raises(AssertionError, match="compiled after warm-up"), traps():
+    with pytest.raises(CompiledAfterWarmUp, match="_fill_kernel: would be compiled after warm-up: BLOCK is 256, was 128"), traps():
         _fill_kernel[(1,)](out, BLOCK=256)
+
+
+def test_a_kernel_that_was_not_loaded_is_refused_and_then_loads():
+    out = torch.zeros(64, device="cuda")
+    _fill_kernel.warmup(out, BLOCK=64, grid=(1,))
+    with pytest.raises(CompiledAfterWarmUp, match="_fill_kernel: would be loaded after warm-up"), frozen():
+        _fill_kernel[(1,)](out, BLOCK=64)
+    assert not out.any()
+    _fill_kernel[(1,)](out, BLOCK=64)
+    assert out.all()
 
 
 def test_control_the_traps_count_every_wait(step):
@@ -232,39 +241,104 @@ def test_control_the_traps_count_every_wait(step):
         assert waits == {name: 1}
 
 
-def test_eager_steps_compile_nothing_new_for_other_batches(step, runner, monkeypatch):
-    monkeypatch.setattr(triton.knobs.runtime, "jit_post_compile_hook", refuse_to_compile)
-    for seed in range(20):
-        step.stage(random_rows(seed))
-        step(T)
+def test_eager_steps_compile_nothing_new_for_other_batches(step, runner):
+    with frozen():
+        for seed in range(20):
+            step.stage(random_rows(seed))
+            step(T)
     step.read(1)
 
 
-def test_a_failed_capture_leaves_all_usable(step):
-    """An exception at several places of a capture: eager steps go on, collection is as it was, and the next capture works."""
+def fault(step):
+    raise KeyError("planted")
+
+
+def read(step):
+    return step.results[0, 0].item()
+
+
+@pytest.mark.parametrize("buckets", [1, 2])
+@pytest.mark.parametrize("plant, error", [(fault, KeyError), (read, RuntimeError)])
+@pytest.mark.parametrize("kind, options", RUNNERS)
+def test_a_failed_capture_leaves_all_usable(step, kind, options, plant, error, buckets):
+    """An exception of the step's and one of the driver's, which spoils the capture, in the first bucket and in the second: no memory is held,
+    eager steps go on, collection is as it was, and the next capture works."""
     calls = 0
 
     def faulty(bucket):
         nonlocal calls
         calls += 1
-        step(bucket)
-        if calls > GraphRunner.WARM_UPS:
-            raise KeyError("planted")
-        return step.results
+        logits = step(bucket)
+        if calls == (GraphRunner.WARM_UPS + 1) * buckets:
+            plant(step)
+        return logits
 
-    runner = GraphRunner(faulty, Buckets([16, 32]), "cuda")
-    was_enabled = gc.isenabled()
-    with eager_memory(), pytest.raises(KeyError, match="planted"):
+    runner = kind(faulty, Buckets([16, 32]), "cuda", **options)
+    was_enabled, before = gc.isenabled(), reserved()
+    with eager_memory(), pytest.raises(error):
         runner.capture(progress=False)
     assert gc.isenabled() == was_enabled and not runner.graphs and not runner.covers(16)
+    assert reserved() <= before, "a failed capture keeps its pool"
     rows = random_rows(5)[:4]
     step.stage([Row(row.token_ids[:2], row.seq_len, row.pages) for row in rows])
     want = step(16).clone()
-    fresh = GraphRunner(step, Buckets([16]), "cuda")
+    fresh = kind(step, Buckets([16]), "cuda", **options)
     with eager_memory():
         fresh.capture(progress=False)
     fresh.graphs[16].outputs.fill_(float("nan"))
     assert_same(fresh.replay(16), want)
+
+
+def reserved():
+    """Bytes that torch's allocator holds once it has given back what it can."""
+    gc.collect()
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    return torch.cuda.memory_reserved()
+
+
+def test_pieces_equal_eager_steps(step):
+    """Cut at attention, as engines do whose attention decides on the host."""
+    runner = PiecewiseRunner(step, Buckets([T]), "cuda", (step.buffers.check_addresses,), **PIECEWISE)
+    with eager_memory():
+        runner.capture(progress=False)
+    captured = runner.graphs[T]
+    assert len(captured.graphs) == step.model.config.num_layers + 1 and len(captured.parts) == 2 * len(captured.graphs) - 1
+    for seed in range(30):
+        check_replay(step, captured.outputs, lambda: runner.replay(T), lambda: step(T), random_rows(seed))
+
+
+@pytest.mark.parametrize("kind, options", RUNNERS)
+def test_smaller_buckets_live_in_the_memory_of_the_largest(step, kind, options):
+    """Outputs and what passes between pieces are at their place, and kept by nobody: the next capture has that memory."""
+    places = {}
+
+    def noted(bucket):
+        logits = step(bucket)
+        places[bucket] = logits.data_ptr()
+        return logits
+
+    runner = kind(noted, Buckets([40, 64, 96, 128, T]), "cuda", **options)
+    with eager_memory():
+        runner.capture(progress=False)
+    assert {bucket: c.outputs.data_ptr() for bucket, c in runner.graphs.items()} == places
+    largest, *others = (c.mib for c in runner.graphs.values())
+    assert sum(others) <= largest / 10, runner.report()
+
+
+def test_control_kept_outputs_take_memory(step):
+    """The same, where every bucket's intermediate tensors are kept."""
+    kept = []
+
+    def keep(bucket):
+        kept.append(torch.empty(1 << 22, device="cuda"))
+        return step(bucket)
+
+    runner = GraphRunner(keep, Buckets([64, T]), "cuda")
+    with eager_memory():
+        runner.capture(progress=False)
+    largest, other = (c.mib for c in runner.graphs.values())
+    assert other > largest / 10
 
 
 def test_control_a_host_decision_in_the_graph_is_seen(step, runner):

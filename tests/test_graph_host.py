@@ -1,9 +1,11 @@
 """The host half of gkernels.graph, which needs no GPU: buckets, static buffers and the runner's eager path."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gkernels.graph import Buckets, Field, GraphRunner, StaticBuffers
@@ -46,6 +48,92 @@ def test_up_to_covers_all_with_little_padding(most):
     for n in range(1, most + 1):
         padding = buckets.pad(n) - n
         assert padding < 8 if n <= 32 else padding < buckets.pad(n) / 5
+
+
+def waste(sizes, counts):
+    """Pads of the steps that the sizes cover, by the definition."""
+    return sum(steps * (min(size for size in sizes if size >= n) - n) for n, steps in counts.items() if n <= max(sizes))
+
+
+def is_dense(sizes, max_padding, free):
+    return all(min(size for size in sizes if size >= n) - n <= max(free, max_padding * n) for n in range(1, max(sizes) + 1))
+
+
+def best_by_trial(counts, most, max_padding, limit, free):
+    """(pads, number of buckets) of the best of all sets of buckets; None where no set is dense enough."""
+    others = [list(combination) for k in range(min(limit, most)) for combination in itertools.combinations(range(1, most), k)]
+    return min(((waste([*some, most], counts), len(some) + 1) for some in others if is_dense([*some, most], max_padding, free)), default=None)
+
+
+def check_from_histogram(kind, counts, most, max_padding, limit):
+    best = best_by_trial(counts, most, max_padding, limit, kind.FREE_PADS)
+    if best is None:
+        with pytest.raises(ValueError, match=f"from_histogram: got limit = {limit}, expected more: .* pad some step by more than"):
+            kind.from_histogram(counts, most, max_padding, limit)
+        return
+    buckets = kind.from_histogram(counts, most, max_padding, limit)
+    assert is_dense(buckets.sizes, max_padding, kind.FREE_PADS) and buckets.sizes[-1] == most
+    assert (waste(buckets.sizes, counts), len(buckets)) == best, "not the best"
+
+
+class Strict(Buckets):
+    FREE_PADS = 1
+
+
+@given(st.sampled_from([Buckets, Strict]), st.dictionaries(st.integers(1, 12), st.integers(0, 9), max_size=6), st.integers(1, 11),
+       st.sampled_from([0.0, 0.25, 0.5, 1.0]), st.integers(1, 6))
+def test_from_histogram_is_the_best_of_all_sets(kind, counts, most, max_padding, limit):
+    check_from_histogram(kind, counts, most, max_padding, limit)
+
+
+@pytest.mark.parametrize("kind, sizes, options, words", [
+    (Buckets, [5, 9], ({2: 5, 9: 1}, 9, 1.0, 2), "not the best"),               # at equal distances, where [2, 9] has no pads
+    (Buckets, [2, 5, 9], ({2: 5, 9: 1}, 9, 1.0, 4), "not the best"),            # more than serve
+    (Strict, [1, 10], ({1: 1}, 10, 0.25, 9), "assert"),                         # 2 would be padded by 8
+])
+def test_control_worse_buckets_are_seen(kind, sizes, options, words):
+    class Broken(kind):
+        from_histogram = classmethod(lambda cls, *args: cls(sizes))
+
+    with pytest.raises(AssertionError, match=words):
+        check_from_histogram(Broken, *options)
+
+
+@given(st.dictionaries(st.integers(1, 3000), st.integers(1, 10**6), max_size=40), st.integers(1, 700))
+@settings(max_examples=5)
+def test_from_histogram_pads_little_and_beats_the_fixed_sizes(counts, most):
+    buckets, fixed = Buckets.from_histogram(counts, most), Buckets.up_to(most)
+    assert is_dense(buckets.sizes, 0.25, 7) and len(buckets) <= 32
+    assert waste(buckets.sizes, counts) <= waste(fixed.sizes, counts) or len(fixed) > 32
+
+
+@pytest.mark.parametrize("counts, options", [({}, {"most": 0}), ({}, {"limit": 0}), ({}, {"max_padding": -0.1}), ({}, {"max_padding": float("nan")}),
+                                             ({0: 1}, {}), ({4: -1}, {})])
+def test_bad_histograms_are_named(counts, options):
+    with pytest.raises(ValueError, match=r"Buckets: from_histogram: got most = .* expected at least 1, 1, 0 and 1, and no negative number of steps"):
+        Buckets.from_histogram(counts, **{"most": 8} | options)
+
+
+@given(sizes, st.lists(st.integers(1, 700), max_size=30))
+def test_report_counts_hits_and_pads(chosen, trace):
+    buckets = Buckets(chosen)
+    usage, covered = buckets.report(trace), [n for n in trace if n <= max(chosen)]
+    computed = sum(buckets.pad(n) for n in covered)
+    assert usage.rows == tuple((size, sum(buckets.pad(n) == size for n in covered), sum(n for n in covered if buckets.pad(n) == size))
+                               for size in buckets)
+    assert usage.missed == len(trace) - len(covered)
+    assert round(usage.hit_rate * len(trace)) == len(covered) and round(usage.waste * computed) == computed - sum(covered)
+
+
+def test_report_reads_as_a_table():
+    assert str(Buckets([4, 16, 32]).report([3, 4, 9, 99])) == """\
+  tokens     steps        live        pads  waste
+       4         2           7           1  12.5%
+      16         1           9           7  43.8%
+      32         0           0           0   0.0%
+75.0% of the steps in a bucket, 1 in none; 33.3% of their rows are pads"""
+    empty = Buckets([4]).report([])
+    assert (empty.hit_rate, empty.waste) == (0, 0)
 
 
 @pytest.mark.parametrize("make, got", [(lambda: Buckets([]), r"\[\]"), (lambda: Buckets([4, 0]), r"\[0, 4\]"), (lambda: Buckets.up_to(0), r"\[0\]")])

@@ -1,4 +1,4 @@
-"""The interpreter's repairs, and the watchers of tests/interpreter.py: each must see what it is for, and nothing else."""
+"""The interpreter's repairs, and the watchers of gkernels.graph.interpreter: each must see what it is for, and nothing else."""
 
 import numpy as np
 import pytest
@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from triton.runtime.errors import InterpreterError
 
-from tests import interpreter
+from gkernels.graph import interpreter
 from tests.close import assert_same, bits
 from tests.strategies import counter, randn, seeds
 

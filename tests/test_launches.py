@@ -2,7 +2,6 @@
 
 from contextlib import nullcontext
 from dataclasses import replace
-from itertools import islice
 from unittest.mock import patch
 
 import pytest
@@ -12,15 +11,17 @@ import triton.language as tl
 from hypothesis import given, settings
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from gkernels.graph import interpreter
+from gkernels.graph.launches import record
+from gkernels.graph.memory import fill_with_junk, tensors_in
 from gkernels.model.cache import PagedCache
 from gkernels.model.config import LlamaConfig
 from gkernels.model.llama import Llama
 from gkernels.model.load import random_weights
+from gkernels.model.sampling import Sampling
 from gkernels.model.step import Row, Step
-from tests import interpreter
 from tests.calls import ROOMS
 from tests.close import assert_same
-from tests.launches import fill_with_junk, record, tensors_in
 from tests.strategies import counter, dtypes, randn, seeds
 from tests.strategies_model import tiny_config
 
@@ -65,8 +66,7 @@ def test_contents_change_no_launch(device, room):
 @settings(max_examples=3)
 @given(dtypes, seeds)
 def test_junk_stays_inside_the_arguments(device, room, i, dtype, seed):
-    calls = ROOMS[room](device, torch.float32 if room == "schedule" else dtype)          # schedule has no other calls
-    _, function, arguments = next(islice(calls, i, None))
+    _, function, arguments = calls_of(room, device, dtype)[i]
     fill_with_junk((t for t in tensors_in(arguments) if t.dtype in (torch.int32, torch.int64)), torch.Generator().manual_seed(seed))
     with nullcontext() if CUDA else interpreter.sanitize():
         function(*arguments)
@@ -93,7 +93,7 @@ def random_rows(seed):
         seq_len = n + draw(0, 9 * PAGE - n)
         row = Row([draw(0, VOCAB - 1) for _ in range(n)], seq_len, [pages.pop() for _ in range(-(-seq_len // PAGE))])
         if draw(0, 1):
-            row = replace(row, temperature=draw(1, 20) / 10, top_k=draw(0, VOCAB), top_p=draw(1, 10) / 10, min_p=draw(0, 10) / 10, seed=draw(-9, 9))
+            row = replace(row, sampling=Sampling(draw(0, 9), draw(1, 20) / 10, draw(0, VOCAB), draw(1, 10) / 10, draw(0, 10) / 10, draw(-9, 9)))
         rows.append(row)
     return rows
 
@@ -184,7 +184,7 @@ class GreedyShortcut(Step):
     """Draws nothing where no row wants it."""
 
     def stage(self, rows):
-        self.greedy = not any(row.temperature for row in rows)
+        self.greedy = not any(row.sampling.temperature for row in rows)
         return super().stage(rows)
 
     def __call__(self, bucket):

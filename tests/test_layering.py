@@ -20,6 +20,7 @@ ALLOWED = {   # folder: what its files may import besides the standard library; 
     "gkernels/graph": {"torch", "numpy", "cuda", "triton", "gkernels.graph", "gkernels.progress"},
     "gkernels/model": MODEL,
     "gkernels/integrations": MODEL | {"transformers", "vllm", "flash_attn", "gkernels.integrations", "gkernels.kernels._check"},
+    "gkernels/pytest_plugin.py": {"pytest", "gkernels.graph"},
     "gkernels": {"torch", "triton", "tqdm", "numpy", "gkernels"},
 }
 SYNCS = {"item", "tolist", "cpu", "nonzero", "numpy", "synchronize"}

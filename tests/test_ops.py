@@ -62,6 +62,52 @@ def attention_arguments(x, *caches):
     return x.q, *(caches or (x.k_cache, x.v_cache)), x.table, x.plan.work, *vars(x.workspace).values(), x.out(T, H, D)
 
 
+def adjustments(x):
+    ints = lambda *shape: x.out(*shape, dtype=torch.int32)
+    return ops.Adjustments(ints(R, 2) + 3, x.out(R, 2) + 1.5, x.out(R) + 2.0, x.out(R) + 0.5, x.out(R) + 0.5, ints(9, V) + 1, ints(9, 2),
+                           ints(R, 2) - 2, ints(R, 1) + 7, ints(R, 1) + 9, ints(R) + 3, ints(R) + 1, ints(R) + 8)
+
+
+def state(x):
+    ints = lambda *shape: x.out(*shape, dtype=torch.int32)
+    return ops.State(ints(R) + 1, ints(R, 2) - 1, ints(R) + 5, ints(R) + 30, ints(R), x.seq_lens.clone(), ints(R) + 1, ints(R), ints(R), ints(2, R),
+                     ints(1), ints(1), torch.arange(R, dtype=torch.int32, device=x.ids.device).flip(0), ints(R, V), ints(R, 40))
+
+
+def drafts(x):
+    history = (torch.arange(R * 30, dtype=torch.int32, device=x.ids.device) % 4).view(R, 30)
+    return history, x.seq_lens, x.seq_lens + 2, 1, 3, *vars(ops.NgramWorkspace.allocate(R, x.ids.device)).values()
+
+
+def expanded(x):
+    ints = lambda *shape: x.out(*shape, dtype=torch.int32)
+    return x.seq_lens, x.seq_lens, ints(R, 2) + 7, ints(R) + 2, ints(R) + 1, *vars(ops.Rows.allocate(R, 2, x.ids.device)).values()
+
+
+def judged(x):
+    ints = lambda *shape: x.out(*shape, dtype=torch.int32)
+    return ints(T) + 3, ints(T) + 3, x.query_start_loc, x.plan.status, ints(R, 4), ints(R)
+
+
+def believed(x):
+    workspace = ops.VerifyWorkspace.allocate(R, V, x.ids.device)
+    probs = torch.softmax(x.wide[:, :V], -1)
+    return dict(target=probs, proposal=probs.flip(1).contiguous(), is_drawn=x.out(R, dtype=torch.int32) + 1, seed=x.seed,
+                position=x.plan.positions, **vars(workspace))
+
+
+def ranked(x):
+    workspace, out = ops.LogprobsWorkspace.allocate(R, V, 3, x.ids.device), ops.Logprobs.allocate(R, 3, x.ids.device)
+    return x.logits, x.seq_lens, x.seq_lens, *vars(workspace).values(), *vars(out).values()
+
+
+def packed(x):
+    """Weights in 4 bits, as a GPTQ checkpoint has them."""
+    ints = lambda seed, *shape: torch.randint(-2**31, 2**31, shape, generator=torch.Generator().manual_seed(seed)).to(torch.int32)
+    weight, scales = ops.pack_gptq(ints(0, HIDDEN // 8, 48), ints(1, 1, 6), torch.ones(1, 48, dtype=torch.float16))
+    return x.x, weight.to(x.ids.device), scales.to(x.ids.device), x.out(T, 48)
+
+
 def sampling_workspace(x):
     return vars(ops.SamplingWorkspace.allocate(*x.logits.shape, x.logits.device)).values()
 
@@ -111,6 +157,18 @@ CASES = {   # case: the inputs -> the positional and the keyword arguments of th
     "sample_out named": lambda x: ((x.logits, *x.options, x.plan.status, *sampling_workspace(x)), dict(out=x.out(R, dtype=torch.int32))),
     "sample_out typical probs": lambda x: ((x.logits, *x.options, x.plan.status, *sampling_workspace(x), x.out(R, dtype=torch.int32)),
                                            dict(typical_p=torch.full_like(x.lse[:R, 0, 0], 0.9), probs=x.out(*x.logits.shape))),
+    "adjust_out": lambda x: ((x.logits, x.seq_lens, x.plan.status, x.out(*x.logits.shape), *vars(adjustments(x)).values()), {}),
+    "adjust_out banned": lambda x: ((x.logits.half(), x.seq_lens, x.plan.status, x.out(*x.logits.shape)), dict(banned_ids=x.seq_lens[:, None])),
+    "adjust_": lambda x: ((x.logits, x.seq_lens, x.plan.status, *vars(adjustments(x)).values()), {}),
+    "advance": lambda x: ((x.seq_lens + 1, x.plan.status, V, *vars(state(x)).values()), {}),
+    "advance plain": lambda x: ((x.seq_lens + 1, x.plan.status, V, *list(vars(state(x)).values())[:12]), {}),
+    "ngram_out": lambda x: ((*drafts(x), x.out(R, 4, dtype=torch.int32), x.out(R, dtype=torch.int32)), {}),
+    "expand_out": lambda x: (expanded(x), {}),
+    "verify_out": lambda x: (judged(x), {}),
+    "verify_out drawn": lambda x: (judged(x), believed(x)),
+    "logprobs_out": lambda x: (ranked(x), {}),
+    "linear_fp8_out": lambda x: ((x.x, x.head.to(torch.float8_e4m3fn), x.bias.abs(), x.out(T, V), x.bias, x.n), {}),
+    "linear_int4_out": lambda x: (packed(x), dict(num_tokens=x.n)),
     "schedule_out": lambda x: ((x.query_start_loc, x.seq_lens, x.table, PAGE, BATCH.N, INTS, *vars(x.plan).values()), {}),
 }
 
@@ -155,11 +213,12 @@ def check_fake(op, args, kwargs):
 def test_fakes_equal_real_outputs(device, case):
     op, args, kwargs = arguments(case, device)
     reals = check_fake(op, args, kwargs)
-    writes_to_out = op._schema.name.endswith(("_out", "write"))
+    writes_to_out = op._schema.name.endswith(("_out", "write", "adjust_", "advance"))
     assert (not reals) == writes_to_out == (not op._schema.returns)
 
 
-WITH_RECORDS = ("schedule_out", "attention_out", "sample_out")        # their faces take dataclasses: see below
+WITH_RECORDS = ("schedule_out", "attention_out", "sample_out", "adjust_out", "adjust_", "advance", "ngram_out", "expand_out", "verify_out",
+                "logprobs_out")        # their faces take dataclasses: see below
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.split()[0] not in WITH_RECORDS])
@@ -200,6 +259,34 @@ def test_sampling_face_equals_registered_op(device):
     ops.sample_out(*same[:9], ops.SamplingWorkspace(*same[9:15]), same[15], **same_kwargs)
     for got, want in zip((*same, *same_kwargs.values()), (*args, *kwargs.values()), strict=True):
         assert_same(got, want)
+
+
+def test_adjusting_and_advancing_faces_equal_registered_ops(device):
+    for name, call in (("adjust_out", lambda a: ops.adjust_out(a[0], ops.Adjustments(*a[4:]), *a[1:4])),
+                       ("adjust_", lambda a: ops.adjust_(a[0], ops.Adjustments(*a[3:]), *a[1:3])),
+                       ("advance", lambda a: ops.advance(*a[:2], ops.State(*a[3:]), a[2]))):
+        op, args, _ = arguments(name, device)
+        _, same, _ = arguments(name, device)
+        op(*args)
+        call(same)
+        for got, want in zip(same, args, strict=True):
+            assert not isinstance(got, torch.Tensor) or torch.equal(got, want)
+
+
+def test_speculating_faces_equal_registered_ops(device):
+    faces = {"ngram_out": lambda a, k: ops.ngram_out(*a[:5], ops.NgramWorkspace(*a[5:7]), *a[7:]),
+             "expand_out": lambda a, k: ops.expand_out(*a[:5], ops.Rows(*a[5:])),
+             "verify_out": lambda a, k: ops.verify_out(*a),
+             "verify_out drawn": lambda a, k: ops.verify_out(*a, ops.Probabilities(*[*k.values()][:5]), ops.VerifyWorkspace(*[*k.values()][5:])),
+             "logprobs_out": lambda a, k: ops.logprobs_out(*a[:3], ops.LogprobsWorkspace(*a[3:8]), ops.Logprobs(*a[8:]))}
+    for case, face in faces.items():
+        op, args, kwargs = arguments(case, device)
+        _, same, same_kwargs = arguments(case, device)
+        op(*args, **kwargs)
+        face(same, same_kwargs)
+        for got, want in zip((*same, *same_kwargs.values()), (*args, *kwargs.values()), strict=True):
+            if isinstance(got, torch.Tensor):
+                assert_same(got, want)
 
 
 def test_tilings_survive_as_integers():

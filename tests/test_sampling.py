@@ -181,7 +181,8 @@ def test_splitmix_is_the_published_generator(monkeypatch):
     """The first outputs of SplitMix64 from state 1234567."""
     monkeypatch.setattr(twin, "philox", lambda *_: [torch.tensor([word]) for word in (0, 1234567, 0, 0)])
     high, low = twin.random_bits(torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int32), 3)
-    assert [(int(h) << 32) + int(l) for h, l in zip(high[0], low[0])] == [6457827717110365317, 3203168211198807973, 9817491932198370423]
+    bits = [(h << 32) + l for h, l in zip(high[0].tolist(), low[0].tolist(), strict=True)]
+    assert bits == [6457827717110365317, 3203168211198807973, 9817491932198370423]
 
 
 @few

@@ -9,25 +9,28 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 
 from .. import progress as bars
 from .buckets import Buckets
+from .segments import Segments, borrowed
 
 
 @dataclass(frozen=True)
 class Captured:
-    """One bucket's graph and what it cost."""
+    """One bucket's graphs and what they cost."""
 
     bucket: int
-    graph: torch.cuda.CUDAGraph
-    outputs: object
+    parts: tuple[Callable[[], None], ...]      # graph replays and, piecewise, the eager calls between them
+    graphs: tuple[torch.cuda.CUDAGraph, ...]
+    outputs: object                            # on the pool's memory, which the next step of any bucket may overwrite
     seconds: float
     mib: float
-    nodes: int
+    nodes: int                                 # of all graphs; -1 where cuda.bindings is not installed
 
 
 class GraphRunner:
@@ -35,9 +38,10 @@ class GraphRunner:
 
     `covers(n)` tells whether a graph exists; `run(n)` replays where it does and calls `step` eagerly, at the capacity n, where it does not.
     `checks` are callables that raise if a static address has changed; they are called before every replay.
-    The runner stores no input buffers and frees none."""
+    The runner stores no input buffers and frees none. A step that calls an op marked `eager` needs a PiecewiseRunner."""
 
     WARM_UPS = 2   # the first call compiles and loads kernels, the second runs as the capture will
+    BREAKABLE = False
 
     def __init__(self, step: Callable[[int], object], buckets: Buckets, device: torch.device | str, checks: tuple[Callable[[], None], ...] = ()):
         self.step, self.buckets, self.device, self.checks = step, buckets, torch.device(device), checks
@@ -55,20 +59,42 @@ class GraphRunner:
         return bool(self.graphs) and self.buckets.covers(n)
 
     def capture(self, progress: bool = True) -> None:
-        """Captures every bucket. An exception leaves the runner without graphs, eager steps usable and garbage collection as it was."""
+        """Captures every bucket. Call it while no other thread uses the device. An exception leaves the runner without graphs, eager steps
+        usable, another capture possible, the pool's memory free and garbage collection as it was."""
         if self.device.type != "cuda":
             return
-        was_enabled, stream, pool = gc.isenabled(), torch.cuda.Stream(self.device), None
+        self.release()
+        gc.collect()
+        was_enabled = gc.isenabled()
+        gc.disable()                                    # a graph or kernel freed during capture would invalidate it
         try:
-            for bucket in bars.progress(sorted(self.buckets, reverse=True), progress, desc="Capturing CUDA graphs", unit="bucket"):
-                captured = self._capture_one(bucket, stream, pool)
-                self.graphs[bucket], pool = captured, captured.graph.pool()
+            stream, pool = torch.cuda.Stream(self.device), torch.cuda.graph_pool_handle()
+            with self.marked():
+                for bucket in bars.progress(sorted(self.buckets, reverse=True), progress, desc="Capturing CUDA graphs", unit="bucket"):
+                    self.graphs[bucket] = self._capture_one(bucket, stream, pool)
+            torch.cuda.current_stream(self.device).wait_stream(stream)
         except BaseException:
-            self.graphs.clear()
+            self.release()
             raise
         finally:
             if was_enabled:
                 gc.enable()
+
+    def release(self) -> None:
+        """Drops all graphs and gives their memory back to the device; steps run eagerly from now on."""
+        for captured in self.graphs.values():
+            for graph in captured.graphs:
+                graph.reset()
+        self.graphs.clear()
+        torch.cuda.empty_cache()
+
+    @contextmanager
+    def marked(self) -> Iterator[None]:
+        """While it lasts, the ops that are to run eagerly are marked."""
+        yield
+
+    def verify(self, segments: Segments) -> None:
+        """Raises where a capture is not what was asked for."""
 
     def _capture_one(self, bucket, stream, pool):
         start = time.perf_counter()
@@ -76,25 +102,24 @@ class GraphRunner:
         with torch.cuda.stream(stream):
             for _ in range(self.WARM_UPS):
                 self.step(bucket)
-        stream.synchronize()
-        gc.collect()
-        gc.disable()                                    # a graph or kernel freed during capture would invalidate it
-        free = torch.cuda.memory_reserved(self.device)
-        graph = torch.cuda.CUDAGraph(keep_graph=True)
-        with torch.cuda.graph(graph, pool=pool, stream=stream):
-            outputs = self.step(bucket)
-        nodes = count_nodes(graph)
-        graph.instantiate()
-        torch.cuda.current_stream(self.device).wait_stream(stream)
-        mib = (torch.cuda.memory_reserved(self.device) - free) / 2**20
-        return Captured(bucket, graph, outputs, time.perf_counter() - start, mib, nodes)
+            torch.cuda.synchronize(self.device)
+            torch.cuda.empty_cache()                    # the pool cannot take what the warm-up leaves cached
+            before = torch.cuda.memory_reserved(self.device)
+            with Segments(pool, self.BREAKABLE) as segments:
+                outputs = self.step(bucket)
+                self.verify(segments)
+        mib = (torch.cuda.memory_reserved(self.device) - before) / 2**20
+        seconds = time.perf_counter() - start
+        return Captured(bucket, tuple(segments.parts), tuple(segments.graphs), borrowed(outputs), seconds, mib, segments.nodes)
 
     def replay(self, n: int) -> object:
-        """Replays the graph of the least bucket that covers n tokens and returns that bucket's output tensors, to be read before the next step."""
+        """Replays the graph of the least bucket that covers n tokens and returns that bucket's output tensors, to be read before the next step:
+        all buckets share their memory."""
         for check in self.checks:
             check()
         captured = self.graphs[self.buckets.pad(n)]
-        captured.graph.replay()
+        for part in captured.parts:
+            part()
         self.replays += 1
         return captured.outputs
 
@@ -106,21 +131,8 @@ class GraphRunner:
         return self.step(self.buckets.pad(n) if self.buckets.covers(n) else n)
 
     def report(self) -> str:
-        """A table of seconds, MiB and nodes a bucket."""
-        rows = [f"{'tokens':>8} {'seconds':>9} {'MiB':>8} {'nodes':>7}"]
-        rows += [f"{c.bucket:>8} {c.seconds:>9.3f} {c.mib:>8.1f} {c.nodes:>7}" for c in self.graphs.values()]
+        """A table of seconds, MiB, nodes and graphs a bucket."""
+        rows = [f"{'tokens':>8} {'seconds':>9} {'MiB':>8} {'nodes':>7} {'graphs':>7}"]
+        rows += [f"{c.bucket:>8} {c.seconds:>9.3f} {c.mib:>8.1f} {c.nodes:>7} {len(c.graphs):>7}" for c in self.graphs.values()]
         total = [sum(getattr(c, f) for c in self.graphs.values()) for f in ("seconds", "mib")]
         return "\n".join(rows + [f"{'all':>8} {total[0]:>9.3f} {total[1]:>8.1f}"]) if self.graphs else f"no graphs: {self.path}"
-
-
-def count_nodes(graph: torch.cuda.CUDAGraph) -> int:
-    """Nodes of a captured graph; -1 where cuda.bindings is not installed."""
-    try:
-        import cuda.bindings.runtime as cudart
-    except ImportError:
-        return -1
-    raw = cudart.cudaGraph_t(init_value=int(graph.raw_cuda_graph()))
-    error, _, count = cudart.cudaGraphGetNodes(raw, 0)
-    if int(error):
-        raise RuntimeError(f"gkernels.graph: cudaGraphGetNodes answered {error}")
-    return count

@@ -16,6 +16,13 @@ def can_run(device: torch.device) -> bool:
     return INTERPRETED if device.type == "cpu" else device.type != "cuda" or device.index == torch.cuda.current_device()
 
 
+def registers(most: int) -> dict[str, int]:
+    """Launch options for a kernel whose threads may have `most` registers each: left to itself, ptxas spills where that admits one program more to a
+    multiprocessor, whether or not it is launched. AMD's compiler knows no such option, and the interpreter needs none."""
+    is_cuda = not INTERPRETED and triton.runtime.driver.active.get_current_target().backend == "cuda"
+    return {"maxnreg": most} if is_cuda else {}
+
+
 def require(good: bool, op: str, argument: str, got: object, expected: str, error: type[Exception] = ValueError) -> None:
     if not good:
         raise error(f"gkernels.{op}: {argument}: got {got}, expected {expected}")

@@ -13,6 +13,7 @@ A row's last program to arrive in `first` or `count` settles it for the next pas
 import triton
 import triton.language as tl
 
+from ._arrive import arrive
 from ._noise import gumbel
 from ._sampling_cut import clean, kept_of, mass_of, scaled, select, tile_of
 
@@ -46,16 +47,6 @@ def _scores(x, ids, kept, temperature, seed, position):
     """float64: exact for logits of any size, so that no row needs its greatest to draw."""
     noise = gumbel(seed, position, ids).to(tl.float64)
     return tl.where(kept, x.to(tl.float64) * (1.0 / temperature.to(tl.float64)) + noise, -_INF)
-
-
-@triton.jit
-def _arrive(counter_ptr, total):
-    """True for the last of a row's programs, who finds there what the others stored, and the counter at zero for the next launch."""
-    tl.debug_barrier()
-    is_last = tl.atomic_add(counter_ptr, 1, sem="acq_rel", scope="gpu") + 1 == total
-    if is_last:
-        tl.store(counter_ptr, 0)
-    return is_last
 
 
 @triton.jit
@@ -138,7 +129,7 @@ def first_kernel(
     tl.store(scores_ptr + partial * 2 + 1, score)
     tl.store(partials_ptr + partial * 3, top_id.to(tl.int64))
     tl.store(partials_ptr + partial * 3 + 1, token.to(tl.int64))
-    if _arrive(counts_ptr + row * (_BINS + 3) + _BINS, CHUNKS):
+    if arrive(counts_ptr + row * (_BINS + 3) + _BINS, CHUNKS):
         greatest, likeliest = _merge(scores_ptr, partials_ptr, row, 0, V, CHUNKS, BLOCK_C)
         _, drawn = _merge(scores_ptr, partials_ptr, row, 1, V, CHUNKS, BLOCK_C)
         is_drawn, none = (temperature > 0.0) & (tl.abs(greatest) < _INF), greatest == -_INF
@@ -202,7 +193,7 @@ def count_kernel(
     counts = tl.histogram(_bin_of(z), _BINS, x > -_INF)
     tl.atomic_add(counts_ptr + bins, counts, counts > 0, sem="relaxed")
     tl.store(partials_ptr + (row * CHUNKS + chunk) * 3, tl.sum(mass_of(z), 0))
-    if _arrive(counts_ptr + _BINS + 1, CHUNKS):
+    if arrive(counts_ptr + _BINS + 1, CHUNKS):
         counts = tl.load(counts_ptr + bins, cache_modifier=".cg")
         tl.store(counts_ptr + bins, tl.zeros((_BINS,), tl.int32))
         total = _sum_of(partials_ptr, row, 0, CHUNKS, BLOCK_C).to(tl.float32) * 2.3283064365386963e-10

@@ -41,21 +41,19 @@ class Config:
     num_stages: int
     num_warps: int
     programs: int            # a multiprocessor
-    maxnreg: int | None      # registers a thread. Left to itself, ptxas spills 670 bytes on sm_120 to fit a third program that is never launched
 
 
 def config(D: int, DV: int, dtype: torch.dtype) -> Config:
     wide, target = max(D, DV), None if _check.INTERPRETED else triton.runtime.driver.active.get_current_target()
-    maxnreg = 255 if target is not None and target.backend == "cuda" else None
     if dtype == torch.float32:                       # exact products run on the scalar units: small tiles keep registers free
-        return Config(512, 16, 32 if wide <= 64 else 16, 16, 16, 1, 4 if wide <= 64 else 8, 1, maxnreg)
+        return Config(512, 16, 32 if wide <= 64 else 16, 16, 16, 1, 4 if wide <= 64 else 8, 1)
     if wide > 128:
-        return Config(512, 16, 32, 16, 16, 2, 4, 2, maxnreg)
+        return Config(512, 16, 32, 16, 16, 2, 4, 2)
     # Hopper's 64-row products take keys and values from shared memory; elsewhere they pass through registers, and a tall tile has to leave room.
     # Two programs of 3 stages fill the shared memory of a data-center GPU (228 KiB), one the 99 KiB of others; AMD's has 64 KiB.
     hopper = target is None or (target.backend == "cuda" and target.arch // 10 == 9)
     small = target is not None and (target.backend != "cuda" or target.arch not in (80, 90, 100, 103))
-    return Config(512, 16, 64, 16, 64 if hopper else 16, 2 if small else 3, 4, 2, maxnreg)
+    return Config(512, 16, 64, 16, 64 if hopper else 16, 2 if small else 3, 4, 2)
 
 
 @dataclass(frozen=True)
@@ -216,7 +214,7 @@ def attention_out(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor,
         block_table.stride(0), out.stride(0), out.stride(1), 0 if lse is None else lse.stride(0),
         alibi_slopes.stride(0) if alibi_slopes is not None and alibi_slopes.dim() == 2 else 0, wide(k_scale, 0), wide(v_scale, 0),
         T, R, block_table.shape[1], N, left, right, *sections, C=launch, num_warps=c.num_warps, num_stages=c.num_stages,
-        **({} if c.maxnreg is None else {"maxnreg": c.maxnreg}))     # AMD's compiler knows no such option
+        **_check.registers(255))                         # else sm_120 spills 670 bytes for a third program
 
 
 def attention(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, query_start_loc: torch.Tensor, seq_lens: torch.Tensor,

@@ -41,9 +41,9 @@ class Config:
 
 
 def config(V: int) -> Config:
-    """8 elements a thread: 16 spill in the draw, where 64-bit random numbers and scores take half of the registers."""
+    """At most 8 elements a thread: 16 spill in the draw, where 64-bit random numbers and scores take half of the registers. The bins want 4 warps."""
     chunk = min(max(triton.next_power_of_2(V), 128), 2048)
-    return Config(chunk, min(triton.next_power_of_2(V), 4096), min(chunk, 1024), max(chunk // 256, 1))
+    return Config(chunk, min(triton.next_power_of_2(V), 4096), min(chunk, 1024), max(chunk // 256, 4))
 
 
 @dataclass(frozen=True)
@@ -91,11 +91,12 @@ def sample_out(logits: torch.Tensor, temperature: torch.Tensor, top_k: torch.Ten
     op, (R, V) = "sample", _check_logits(logits)
     c, device = config(V), logits.device
     for name, t, dtype in (("temperature", temperature, torch.float32), ("top_k", top_k, torch.int32), ("top_p", top_p, torch.float32),
-                           ("min_p", min_p, torch.float32), ("typical_p", typical_p, torch.float32), ("seed", seed, torch.int64),
+                           ("min_p", min_p, torch.float32), ("seed", seed, torch.int64),
                            ("position", position, torch.int32), ("seq_lens", seq_lens, torch.int32), ("status", status, torch.int32),
                            ("out", out, torch.int32)):
-        if t is not None or name != "typical_p":
-            _check.tensor(op, name, t, (R,), (dtype,), device, aligned=False)
+        _check.tensor(op, name, t, (R,), (dtype,), device, aligned=False)
+    if typical_p is not None:
+        _check.tensor(op, "typical_p", typical_p, (R,), (torch.float32,), device, aligned=False)
     chunks = c.chunks(V)
     for name, shape, dtype in (("scores", (chunks, 2), torch.float64), ("partials", (chunks, 3), torch.int64), ("counts", (BINS + 3,), torch.int32),
                                ("state", (STATE,), torch.int32), ("list_x", (c.CAPACITY,), torch.float32),
@@ -112,12 +113,13 @@ def sample_out(logits: torch.Tensor, temperature: torch.Tensor, top_k: torch.Ten
     BLOCK_C = triton.next_power_of_2(chunks)
     first_kernel[(chunks, R)](logits, *options, seed, position, seq_lens, status, out, w.scores, w.partials, w.counts, w.state, stride,
                               BLOCK_C=BLOCK_C, **cut)
-    count_kernel[(chunks, R)](logits, *options, w.partials, w.counts, w.state, stride, BLOCK_C=BLOCK_C, CAPACITY=c.CAPACITY, **cut)
+    count_kernel[(chunks, R)](logits, *options, w.partials, w.counts, w.state, stride, BLOCK_C=BLOCK_C, CAPACITY=c.CAPACITY,
+                              **cut, **_check.registers(128))
     draw_kernel[(chunks, R)](logits, *options, seed, position, w.scores, w.partials, w.counts, w.state, w.list_x, w.list_ids, stride,
                              CAPACITY=c.CAPACITY, **cut)
     select_kernel[(R,)](logits, *options, seed, position, out, w.scores, w.partials, w.counts, w.state, w.list_x, w.list_ids, stride,
                         V=V, CHUNKS=chunks, BLOCK_C=BLOCK_C, CAPACITY=c.CAPACITY, BLOCK=c.BLOCK, HAS_TYPICAL=typical_p is not None,
-                        num_warps=c.num_warps)
+                        num_warps=c.num_warps, **_check.registers(128))
     if probs is not None:
         for is_second in (False, True):
             probs_kernel[(chunks, R)](logits, *options, seq_lens, out, w.partials, w.state, probs, stride, probs.stride(0),

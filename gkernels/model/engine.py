@@ -2,7 +2,8 @@
 
 Each step takes one token of every decoding request and fills the rest of its token budget with chunks of waiting prompts, so most steps mix
 prefill and decode rows; the whole step, from metadata to sampled tokens, is one replay of one graph. When pages run out, the youngest
-request gives its pages back and waits to be computed again. A token depends on its own request alone, bit for bit, in steps of up to 64
+request gives its pages back and waits to be computed again. Where every request decodes, `burst` steps are one replay: the state advances on the
+device, and the host reads their tokens together. A token depends on its own request alone, bit for bit, in steps of up to 64
 tokens; in larger ones torch multiplies, and rounding may differ with the step's size.
 """
 
@@ -17,26 +18,14 @@ from pathlib import Path
 import torch
 
 from .. import ops
-from ..graph import Buckets, GraphRunner
+from ..graph import Buckets, Burst, GraphRunner
 from .cache import PagedCache, PagePool, bytes_per_page
 from .config import LlamaConfig
 from .llama import Llama
 from .load import load_weights
+from .sampling import Sampling
+from .speculation import Speculation, SpeculativeStep
 from .step import Row, Step
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How one request's tokens are drawn and when it ends. temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 are off."""
-
-    max_tokens: int = 64
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    seed: int = 0
-    stop_token_ids: tuple[int, ...] = ()
-    ignore_eos: bool = False
 
 
 @dataclass(eq=False)
@@ -47,6 +36,7 @@ class Request:
     output: list[int] = field(default_factory=list)
     pages: list[int] = field(default_factory=list)
     computed: int = 0                      # tokens whose keys and values are in the cache
+    slot: int = -1                         # its line in the step's tables while it runs
     finish_reason: str | None = None       # "stop", "length", "cancelled" or "error: ..."
 
     def next_tokens(self, n: int) -> list[int]:
@@ -76,17 +66,22 @@ class Engine:
     """Serves one model. `max_tokens` and `max_requests` bound a step, `max_len` a sequence, `num_pages` the cache;
     a sequence ends too where it alone would fill the cache.
 
-    With `capture` the step is captured for `buckets` (default: `Buckets.up_to(max_tokens)`) at construction on a CUDA device."""
+    With `capture` the step is captured for `buckets` (default: `Buckets.up_to(max_tokens)`) at construction on a CUDA device, and `burst` steps in
+    a row for the requests that decode (1: never more than one). With `speculation` the steps of a burst are speculative, where no request of the
+    batch has penalties, biases, bans or min_tokens; the tokens stay the same. Without `adjusts`, no request can have those, and a step is a launch
+    shorter."""
 
     def __init__(self, model: Llama, max_tokens: int = 512, max_requests: int = 32, max_len: int | None = None, page_size: int = 16,
-                 num_pages: int | None = None, buckets: Buckets | None = None, capture: bool = True, progress: bool = False):
+                 num_pages: int | None = None, buckets: Buckets | None = None, capture: bool = True, progress: bool = False,
+                 burst: int = 8, adjusts: bool = True, speculation: Speculation | None = None):
         c, weights = model.config, model.weights
         self.max_len = min(model.cos_sin.shape[0] if max_len is None else max_len, model.cos_sin.shape[0])
         if not 1 <= page_size <= 256:
             raise ValueError(f"gkernels.Engine: page_size: got {page_size}, expected 1 to 256")
         pages_a_request = -(-self.max_len // page_size)
         num_pages = max_requests * pages_a_request + 1 if num_pages is None else num_pages
-        bounds = (("max_tokens", max_tokens, 1), ("max_requests", max_requests, 1), ("max_len", self.max_len, 2), ("num_pages", num_pages, 2))
+        bounds = (("max_tokens", max_tokens, 1), ("max_requests", max_requests, 1), ("max_len", self.max_len, 2), ("num_pages", num_pages, 2),
+                  ("burst", burst, 1))
         for name, value, least in bounds:
             if value < least:
                 raise ValueError(f"gkernels.Engine: {name}: got {value}, expected at least {least}")
@@ -106,15 +101,23 @@ class Engine:
         device, dtype = weights.embed.device, weights.embed.dtype
         self.check_memory(num_pages * bytes_per_page(c.num_layers, page_size, c.num_kv_heads, c.head_dim, dtype), device)
         self.cache = PagedCache.allocate(c.num_layers, num_pages, page_size, c.num_kv_heads, c.head_dim, dtype, device)
-        self.step_fn = Step(model, self.cache, max_tokens, max_requests, self.max_len)
+        self.step_fn = Step(model, self.cache, max_tokens, max_requests, self.max_len, burst, adjusts, speculation is not None)
         self.runner = GraphRunner(self.step_fn, buckets or Buckets.up_to(max_tokens), device, (self.step_fn.buffers.check_addresses,))
+        checks, places = (self.step_fn.buffers.check_addresses,), Buckets.up_to(max_requests)
+        self.burst = Burst(self.step_fn, burst, places, device, checks)
+        self.guesses = SpeculativeStep(self.step_fn, speculation, -(-burst // (speculation.drafts + 1))) if speculation else None
+        self.guess_burst = Burst(self.guesses, self.guesses.steps, places, device, checks) if self.guesses else None
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
         self.requests: dict[int, Request] = {}
-        self.steps = self.preemptions = 0
+        self.steps = self.bursts = self.preemptions = 0
+        self._slots = list(range(max_requests))
         self._ids = itertools.count()
         if capture:
             self.runner.capture(progress)
+            for runner in (self.burst if burst > 1 else None, self.guess_burst):
+                if runner:
+                    runner.capture(progress)
 
     @classmethod
     def from_dir(cls, path: str | Path, device: torch.device | str | None = None, dtype: torch.dtype | None = None, max_len: int | None = None,
@@ -136,17 +139,16 @@ class Engine:
         prompt, vocab = list(prompt), self.model.config.vocab_size
         if not prompt:
             raise ValueError("gkernels.Engine.add: prompt: got no tokens, expected at least one; begin with the tokenizer's BOS token")
-        bad = [t for t in (*prompt, *sampling.stop_token_ids) if isinstance(t, bool) or not isinstance(t, int) or not 0 <= t < vocab]
+        bad = [t for t in prompt if isinstance(t, bool) or not isinstance(t, int) or not 0 <= t < vocab]
         if bad:
-            raise ValueError(f"gkernels.Engine.add: prompt or stop_token_ids: got {bad[:4]}, expected Python integers from 0 to {vocab - 1}")
+            raise ValueError(f"gkernels.Engine.add: prompt: got {bad[:4]}, expected Python integers from 0 to {vocab - 1}")
         if len(prompt) >= self.max_len:
             raise ValueError(f"gkernels.Engine.add: prompt: got {len(prompt)} tokens, expected at most {self.max_len - 1}, what the cache holds "
                              "beside one generated token; shorten it, or raise max_len and num_pages")
-        if isinstance(sampling.max_tokens, bool) or not isinstance(sampling.max_tokens, int) or sampling.max_tokens < 1:
-            raise ValueError(f"gkernels.Engine.add: max_tokens: got {sampling.max_tokens}, expected at least 1")
-        if not isinstance(sampling.seed, int) or not -2**63 <= sampling.seed < 2**63:
-            raise ValueError(f"gkernels.Engine.add: seed: got {sampling.seed}, expected a 64-bit integer")
-        ops.check_options(sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p, vocab)
+        sampling.check(vocab, self.model.config.eos_token_ids, "gkernels.Engine.add")
+        if sampling.adjusts and not self.step_fn.adjusts:
+            raise ValueError("gkernels.Engine.add: sampling: got penalties, biases, bans or min_tokens, expected none of them in an engine made with "
+                             "adjusts=False; make it with adjusts=True")
         request = Request(next(self._ids), prompt, sampling)
         self.requests[request.id] = request
         self.waiting.append(request)
@@ -170,29 +172,54 @@ class Engine:
         return bool(self.waiting or self.running)
 
     def step(self) -> list[Event]:
-        """Computes one batch and returns what it brought. With nothing to do, returns [] at once."""
+        """Computes one batch, or a burst of them, and returns what it brought. With nothing to do, returns [] at once."""
         batch = self._schedule()
         if not batch:
             return []
-        rows = [Row(r.next_tokens(n), r.computed + n, r.pages, r.sampling.temperature, r.sampling.top_k, r.sampling.top_p,
-                    r.sampling.min_p, r.sampling.seed) for r, n in batch]
-        self.runner.run(self.step_fn.stage(rows))
-        tokens, status = self.step_fn.read(len(rows))
-        self.steps += 1
-        events = []
-        for (request, n), token, flags in zip(batch, tokens, status, strict=True):
-            request.computed += n
-            if flags or (token < 0 and request.computed == request.length):
-                why = ", ".join(words for bit, words in STATUS.items() if flags & bit) or "no token"
-                events.append(self._finish(request, f"error: {why}"))
-            elif request.computed == request.length:        # the whole of it is in the cache: this token is the next
-                events.append(self._append(request, token))
+        guesses = self.guesses if not any(r.sampling.adjusts for r, _ in batch) else None
+        runner = self.guess_burst if guesses and self.guess_burst else self.burst
+        is_burst = self._reserve_burst(batch, runner.steps, guesses.lines if guesses else runner.steps)
+        num_tokens = self.step_fn.stage([self._row(request, n) for request, n in batch])
+        if is_burst:
+            runner.run(num_tokens)
+            lines, status = (guesses.read if guesses else self.step_fn.read_ring)(runner.capacity(num_tokens), len(batch))
+        else:
+            self.runner.run(num_tokens)
+            tokens, status = self.step_fn.read(len(batch))
+            lines = [[-1 if flags else token for token, flags in zip(tokens, status, strict=True)]]
+        self.steps, self.bursts = self.steps + (runner.steps if is_burst else 1), self.bursts + is_burst
+        events, lengths = [], [request.length for request, _ in batch]
+        for tokens in lines:
+            for (request, n), token, flags in zip(batch, tokens, status, strict=True):
+                if not request.finish_reason and (token >= 0 or not (flags or is_burst)):
+                    request.computed += n
+                    if token >= 0 and request.computed == request.length:       # the whole of it is in the cache: this token is the next
+                        events.append(self._append(request, token))
+        for (request, _), flags, length in zip(batch, status, lengths, strict=True):
+            is_stuck = request.length == length and (is_burst or request.computed == length)
+            if not request.finish_reason and (flags or is_stuck):               # in a burst, tokens before the error have counted
+                words = ", ".join(words for bit, words in STATUS.items() if flags & bit) or "no token"
+                events.append(self._finish(request, f"error: {words}"))
         return events
+
+    def _row(self, request, n):
+        computed, s = request.computed + n, request.sampling
+        return Row(request.next_tokens(n), computed, request.pages, s, computed == request.length, len(request.output), self.max_len,
+                   s.ends(self.model.config.eos_token_ids), request.slot)
+
+    def _reserve_burst(self, batch, steps, tokens):
+        """Whether the batch can go on for `steps` by itself: every request decodes, none waits, one at least lasts it out, and there are pages for as
+        many as `tokens` each."""
+        left = [min(r.sampling.max_tokens - len(r.output), self.max_len - r.length) for r, _ in batch]
+        decodes = all(n == 1 and r.computed + 1 == r.length for r, n in batch) and len(batch) == len(self.running)
+        if tokens == 1 or self.waiting or not decodes or max(left) < steps:
+            return False
+        wanted = [(r, min(tokens, most)) for (r, _), most in zip(batch, left, strict=True)]
+        return sum(self._missing(*w) for w in wanted) <= self.pool.available and all(self._reserve(*w) for w in wanted)
 
     def _append(self, request, token):
         request.output.append(token)
-        ends = (*request.sampling.stop_token_ids, *(() if request.sampling.ignore_eos else self.model.config.eos_token_ids))
-        if token in ends:
+        if token in request.sampling.ends(self.model.config.eos_token_ids):
             return self._finish(request, "stop", token)
         if len(request.output) >= request.sampling.max_tokens or request.length >= self.max_len:
             return self._finish(request, "length", token)
@@ -208,7 +235,9 @@ class Engine:
 
     def _release(self, request):
         self.pool.free(request.pages)
-        request.pages, request.computed = [], 0
+        if request.slot >= 0:
+            self._slots.append(request.slot)
+        request.pages, request.computed, request.slot = [], 0, -1
 
     def _schedule(self) -> list[tuple[Request, int]]:
         """The step's requests and how many tokens of each: first one token of every request that decodes, then prompt chunks."""
@@ -227,17 +256,23 @@ class Engine:
             if not self._reserve(request, n):
                 break                                      # it waits; nobody is preempted for a newcomer
             self.running.append(self.waiting.popleft())
+            request.slot = self._slots.pop()
+            if request.sampling.has_penalties or self.guesses:
+                self.step_fn.enter(request.slot, request.prompt, request.output)
             batch.append((request, n))
             budget -= n
         return batch
 
     def _reserve(self, request, n):
         """Gives a request the pages for n more tokens; False, and none given, where too few are free."""
-        missing = -(-(request.computed + n) // self.page_size) - len(request.pages)
+        missing = self._missing(request, n)
         if missing > self.pool.available:
             return False
         request.pages += self.pool.allocate(missing)
         return True
+
+    def _missing(self, request, n):
+        return max(-(-(request.computed + n) // self.page_size) - len(request.pages), 0)
 
     def _preempt(self, request):
         self._release(request)

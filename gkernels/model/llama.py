@@ -28,8 +28,9 @@ class Llama:
         return cls(config, weights, table)
 
     def __call__(self, token_ids: torch.Tensor, block_table: torch.Tensor, plan: ops.Schedule, workspace: ops.Workspace,
-                 cache: PagedCache) -> torch.Tensor:
-        """token_ids int32 [T], block_table int32 [R, W] -> logits float32 [R, V]; rows of unused requests are zeros."""
+                 cache: PagedCache, every_row: bool = False) -> torch.Tensor:
+        """token_ids int32 [T], block_table int32 [R, W] -> logits float32 [R, V]; rows of unused requests are zeros. With `every_row` the logits of
+        all rows, [T, V]."""
         w, eps, n = self.weights, self.config.rms_norm_eps, plan.num_tokens
         residual = ops.embedding(token_ids, w.embed, n)
         x = ops.rmsnorm(residual, w.layers[0].input_norm, eps, n)
@@ -39,7 +40,7 @@ class Llama:
             x = ops.add_rmsnorm(x, residual, layer.post_norm, eps, n)
             x = self.feed_forward(x, layer, n)
             x = ops.add_rmsnorm(x, residual, next_norm, eps, n)
-        last = ops.embedding(plan.last_token, x, padding_index=-1)
+        last = x if every_row else ops.embedding(plan.last_token, x, padding_index=-1)
         logits = torch.empty(last.shape[0], self.config.vocab_size, dtype=torch.float32, device=last.device)
         ops.linear_out(last, w.lm_head, logits)
         return logits

@@ -1,11 +1,12 @@
 """One step of a batch, from metadata to sampled tokens, over static tensors: the callable that a graph captures.
 
-The host stages the batch, uploads it in one copy, runs the step for a bucket and reads tokens and status in one copy.
+The host stages the batch, uploads it in one copy, runs the step for a bucket and reads tokens and status in one copy. The step also advances the
+state of rows that emit, on the device: where every row decodes one token, the same callable is the next step, and the one after that.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -14,42 +15,65 @@ from .. import ops
 from ..graph import Field, StaticBuffers
 from .cache import NULL_PAGE, PagedCache
 from .llama import Llama
+from .sampling import MAX_BANNED_IDS, MAX_BIAS, MAX_STOP_IDS, Sampling
 
 
 @dataclass(frozen=True)
 class Row:
-    """One request's share of a step: the tokens to compute, all of its length afterwards, its pages, and how to draw the next token."""
+    """One request's share of a step: the tokens to compute, all of its length afterwards, its pages, and how to draw the next token. Where it
+    `emits`, its tokens complete what is known of the sequence, so that the token drawn is the next; `slot` is then its line in the tables."""
 
     token_ids: list[int]
     seq_len: int
     pages: list[int]
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    seed: int = 0
+    sampling: Sampling = field(default_factory=Sampling)
+    emits: bool = False
+    generated: int = 0                  # tokens so far
+    max_len: int = 0                    # of the sequence
+    ends: tuple[int, ...] = ()          # tokens that end it
+    slot: int = 0
+
+
+DRAWN = {"temperature": (torch.float32, 0), "top_k": (torch.int32, 0), "top_p": (torch.float32, 1), "min_p": (torch.float32, 0),
+         "typical_p": (torch.float32, 1), "seed": (torch.int64, 0), "repetition_penalty": (torch.float32, 1), "presence_penalty": (torch.float32, 0),
+         "frequency_penalty": (torch.float32, 0), "min_tokens": (torch.int32, 0), "max_tokens": (torch.int32, 0)}     # Sampling's numbers
+
+ADJUSTED = {"bias_ids": "bias_ids", "bias": "bias", "repetition": "repetition_penalty", "presence": "presence_penalty",
+            "frequency": "frequency_penalty", "banned_ids": "banned_ids", "stop_ids": "stop_ids", "min_tokens": "min_tokens",
+            "generated": "generated", "slots": "slots"}
+ADVANCED = ("emits", "stop_ids", "max_tokens", "max_lens", "token_ids", "seq_lens", "generated", "ended", "flags", "slots")
 
 
 class Step:
-    """Static state for at most `max_tokens` tokens of at most `max_requests` requests a step. `step(bucket)` launches the kernels."""
+    """Static state for at most `max_tokens` tokens of at most `max_requests` requests a step. `step(bucket)` launches the kernels. `depth` is how
+    many steps' tokens the ring holds; without `adjusts` logits are drawn from as they are, and Sampling's penalties, biases and bans do nothing;
+    `has_history` keeps all tokens of a sequence on the device, for drafts."""
 
-    def __init__(self, model: Llama, cache: PagedCache, max_tokens: int, max_requests: int, max_len: int):
-        device = model.weights.embed.device
+    def __init__(self, model: Llama, cache: PagedCache, max_tokens: int, max_requests: int, max_len: int, depth: int = 1, adjusts: bool = True,
+                 has_history: bool = False):
+        device, V = model.weights.embed.device, model.config.vocab_size
         self.model, self.cache, self.device = model, cache, device
-        self.max_tokens, self.max_requests = max_tokens, max_requests
+        self.max_tokens, self.max_requests, self.depth, self.adjusts = max_tokens, max_requests, depth, adjusts
         self.table_width = -(-max_len // cache.page_size)
-        R = max_requests
+        R, real = max_requests, torch.float32
         self.buffers = StaticBuffers({
             "token_ids": Field((max_tokens,)), "query_start_loc": Field((R + 1,), pad="last"), "seq_lens": Field((R,)),
-            "block_table": Field((R, self.table_width)), "temperature": Field((R,), torch.float32), "top_k": Field((R,)),
-            "top_p": Field((R,), torch.float32, 1.0), "min_p": Field((R,), torch.float32), "seed": Field((R,), torch.int64)}, device)
+            "block_table": Field((R, self.table_width)), **{name: Field((R,), dtype, off) for name, (dtype, off) in DRAWN.items()},
+            "stop_ids": Field((R, MAX_STOP_IDS), pad=-1), "banned_ids": Field((R, MAX_BANNED_IDS), pad=-1), "bias_ids": Field((R, MAX_BIAS), pad=-1),
+            "bias": Field((R, MAX_BIAS), real), "emits": Field((R,)), "generated": Field((R,)), "max_lens": Field((R,)), "slots": Field((R,)),
+            "ended": Field((R,)), "flags": Field((R,)), "step": Field((1,)), "running": Field((1,))}, device)
         self.results = torch.zeros(2, -(-R // 4) * 4, dtype=torch.int32, device=device)       # tokens, status; rows 16-byte aligned
         self._results_host = torch.zeros(self.results.shape, dtype=torch.int32, pin_memory=device.type == "cuda")
+        self._ring = torch.zeros(depth * R, dtype=torch.int32, device=device)
+        self._ring_host = torch.zeros(depth * R, dtype=torch.int32, pin_memory=device.type == "cuda")
+        lines = R if adjusts else 0
+        self.counts, self.prompt = (torch.zeros(lines, width, dtype=torch.int32, device=device) for width in (V, -(-V // 32)))
+        self.history = torch.zeros(R if has_history else 0, max_len, dtype=torch.int32, device=device)
         self._plans: dict[int, ops.Schedule] = {}
         tilings = [self.tiling(bucket) for bucket in (max_requests, max_tokens)]               # each bucket's is as large as one of these
         self._states = torch.empty(max(tiling.states for tiling in tilings), device=device)
         self._counters = torch.zeros(max(tiling.counters for tiling in tilings), dtype=torch.int32, device=device)
-        self._sampling = ops.SamplingWorkspace.allocate(R, model.config.vocab_size, device)
+        self._sampling = ops.SamplingWorkspace.allocate(R, V, device)
 
     def stage(self, rows: list[Row]) -> int:
         """Puts a batch into the static buffers and returns its number of tokens. ValueError, and nothing staged, for a batch that does not fit
@@ -68,8 +92,16 @@ class Step:
         stage("query_start_loc", np.cumsum([0, *lens]))
         stage("block_table", [row.pages for row in rows])
         stage("seq_lens", [row.seq_len for row in rows])
-        for name in ("temperature", "top_k", "top_p", "min_p", "seed"):
-            stage(name, [getattr(row, name) for row in rows])
+        for name in DRAWN:
+            stage(name, [getattr(row.sampling, name) for row in rows])
+        for name in ("emits", "generated"):
+            stage(name, [int(getattr(row, name)) for row in rows])
+        stage("max_lens", [row.max_len for row in rows])
+        stage("slots", [row.slot for row in rows])
+        stage("stop_ids", [row.ends for row in rows])
+        stage("banned_ids", [row.sampling.banned_token_ids for row in rows])
+        stage("bias_ids", [[*row.sampling.logit_bias] for row in rows])
+        stage("bias", [[*row.sampling.logit_bias.values()] for row in rows])
         self.buffers.upload()
         return tokens
 
@@ -94,21 +126,54 @@ class Step:
         """Attention's scratch: the front of one for all buckets, whose steps follow each other."""
         return ops.Workspace(self._states[:tiling.states], self._counters[:tiling.counters])
 
+    def enter(self, slot: int, prompt: list[int], output: list[int]) -> None:
+        """Fills a slot's line of the tables: what penalties and drafts have to know of a request that begins, or begins again."""
+        if len(self.history):
+            self.history[slot, :len(prompt) + len(output)] = torch.tensor(prompt + output, dtype=torch.int32).to(self.device)
+        if not self.adjusts:
+            return
+        V = self.model.config.vocab_size
+        bits = np.zeros(self.prompt.shape[1] * 32, dtype=np.uint8)
+        bits[prompt] = 1
+        self.prompt[slot] = torch.from_numpy(np.packbits(bits, bitorder="little").view(np.int32)).to(self.device)
+        self.counts[slot] = torch.from_numpy(np.bincount(output, minlength=V).astype(np.int32)).to(self.device)
+
+    def adjustments(self, R: int) -> ops.Adjustments:
+        return ops.Adjustments(**{name: self.buffers[source][:R] for name, source in ADJUSTED.items()}, counts=self.counts, prompt=self.prompt)
+
+    def state(self, R: int) -> ops.State:
+        b = self.buffers
+        return ops.State(**{name: b[name][:R] for name in ADVANCED}, ring=self._ring[:self.depth * R].view(self.depth, R), step=b["step"],
+                         running=b["running"], counts=self.counts if self.adjusts else None, history=self.history if len(self.history) else None)
+
     def __call__(self, bucket: int) -> torch.Tensor:
-        """Launches schedule, model and sampling for a capacity of `bucket` tokens. Tokens and status land in `results`; returns the logits."""
+        """Launches schedule, model, sampling and advance for a capacity of `bucket` tokens. Tokens and status land in `results`; returns logits."""
         R, b, tiling, plan = self.requests(bucket), self.buffers, self.tiling(bucket), self.plan(bucket)
-        seq_lens, block_table = b["seq_lens"][:R], b["block_table"][:R]
+        seq_lens, block_table, tokens = b["seq_lens"][:R], b["block_table"][:R], self.results[0, :R]
         ops.schedule_out(b["query_start_loc"][:R + 1], seq_lens, block_table, self.cache.page_size, self.cache.num_pages, tiling, plan)
         logits = self.model(b["token_ids"][:bucket], block_table, plan, self.workspace(tiling), self.cache)
-        options = [b[name][:R] for name in ("temperature", "top_k", "top_p", "min_p", "seed")]
-        # the drawn token stands at position seq_len
-        ops.sample_out(logits, *options, seq_lens, seq_lens, plan.status, self._sampling, self.results[0, :R])
+        if self.adjusts:
+            ops.adjust_(logits, self.adjustments(R), seq_lens, plan.status)
+        drawn = {name: b[name][:R] for name in ("temperature", "top_k", "top_p", "min_p", "typical_p", "seed")}
+        ops.sample_out(logits, **drawn, position=seq_lens, seq_lens=seq_lens, status=plan.status, workspace=self._sampling, out=tokens)
+        ops.advance(tokens, plan.status, self.state(R), self.model.config.vocab_size)
         return logits
 
     def read(self, num_requests: int) -> tuple[list[int], list[int]]:
         """Waits for the step and returns tokens and status of its requests."""
         self._results_host.copy_(self.results, non_blocking=True)
-        if self.device.type == "cuda":
-            torch.cuda.current_stream(self.device).synchronize()
+        self._wait()
         tokens, status = self._results_host[:, :num_requests].tolist()
         return tokens, status
+
+    def read_ring(self, bucket: int, num_requests: int) -> tuple[list[list[int]], list[int]]:
+        """Waits for `depth` steps since the batch was staged and returns their tokens, a list a step with -1 for rows that brought none, and the
+        status of rows that ended with an error."""
+        R = self.requests(bucket)
+        self._ring_host.copy_(self._ring, non_blocking=True)
+        flags = self.buffers["flags"][:num_requests].to("cpu")                                 # waits for both
+        return self._ring_host[:self.depth * R].view(self.depth, R)[:, :num_requests].tolist(), flags.tolist()
+
+    def _wait(self):
+        if self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).synchronize()

@@ -3,8 +3,8 @@
 Context managers over the CPU interpreter of Triton 3.6. Kernels run as they are; each load, store and atomic is looked at, lane by lane,
 on its way to memory. They nest, and each puts back what it changed.
 
-    with sanitize(): ...            raises AssertionError before a lane touches a byte that belongs to no argument of the launch
-    with accesses() as launches:    the elements each launch read and wrote, by argument; raises AssertionError on a race
+    with sanitize(): ...            raises OutOfBounds before a lane touches a byte that belongs to no argument of the launch
+    with accesses() as launches:    the elements each launch read and wrote, by argument; raises Race on one
     with shuffled(seed): ...        runs each grid's programs in a random order
 """
 
@@ -19,13 +19,23 @@ import triton
 from triton.runtime import interpreter
 from triton.runtime.errors import InterpreterError
 
+from .memory import named_tensors
+
 SUPPORTED = "3.6."   # _interpreter, GridExecutor and set_grid_idx are private names, read in these releases only
+
+
+class OutOfBounds(AssertionError):
+    """An access outside every argument of its launch."""
+
+
+class Race(AssertionError):
+    """Two programs of one launch touch a byte, one writes it, and nothing orders them."""
 
 
 def guard():
     """Raises RuntimeError on a Triton release whose interpreter was not read."""
     if not triton.__version__.startswith(SUPPORTED):
-        raise RuntimeError(f"tests/interpreter.py knows the interpreter of Triton {SUPPORTED}x, got {triton.__version__}: "
+        raise RuntimeError(f"gkernels.graph.interpreter knows the interpreter of Triton {SUPPORTED}x, got {triton.__version__}: "
                            "read its GridExecutor and InterpreterBuilder again, then raise SUPPORTED")
 
 
@@ -66,7 +76,7 @@ class Launch:
     `read(name)` and `written(name)` the same as a mask of the argument's shape. Atomics count as both."""
 
     def __init__(self, kernel, arguments):
-        self.kernel, self.arguments = kernel, {name: Argument(name, t) for name, t in arguments.items() if isinstance(t, torch.Tensor)}
+        self.kernel, self.arguments = kernel, {name: Argument(name, t) for name, t in named_tensors(arguments)}
         self.records, self.known, self.epochs, self.released = [], {}, {}, {}
 
     @property
@@ -105,7 +115,7 @@ class Launch:
         self.records.append((kind, program, epoch, known, addresses, size))
 
     def check_races(self):
-        """Raises AssertionError where two programs touch a byte, one writes it, and no atomic orders them. Two atomics never race."""
+        """Raises Race where two programs touch a byte, one writes it, and no atomic orders them. Two atomics never race."""
         if not self.records:
             return
         unit = min(size for *_, size in self.records)
@@ -133,7 +143,7 @@ class Launch:
                     names = [f"element {e[0]} of {name}" for name, argument in self.arguments.items()
                              for inside, e in [argument.holds(np.array([address]), unit)] if inside[0]]
                     accesses = " and ".join(f"{self.records[r][0]} by program {self.records[r][1]}" for r in (i, j))
-                    raise AssertionError(f"{self.kernel}: race on {' and '.join(names) or hex(address)}: {accesses}, in no fixed order")
+                    raise Race(f"{self.kernel}: race on {' and '.join(names) or hex(address)}: {accesses}, in no fixed order")
 
 
 class _Shim:
@@ -194,11 +204,11 @@ def _watch(begin, see, end):
 
 @contextmanager
 def sanitize():
-    """Raises AssertionError before an active lane touches a byte outside the elements of every tensor argument of its launch."""
+    """Raises OutOfBounds before an active lane touches a byte outside the elements of every tensor argument of its launch."""
     running = {}
 
     def begin(kernel, arguments):
-        running.update(kernel=kernel, arguments=[Argument(name, t) for name, t in arguments.items() if isinstance(t, torch.Tensor)])
+        running.update(kernel=kernel, arguments=[Argument(name, t) for name, t in named_tensors(arguments)])
 
     def see(kind, addresses, lanes, size, ordered):
         bad = np.ones(len(addresses), bool)
@@ -211,7 +221,7 @@ def sanitize():
             address = int(addresses[first])
             distances = [(address - a.base - (a.span * a.size if address >= a.base else 0), a.name) for a in running["arguments"]]
             distance, name = min(distances, key=lambda d: abs(d[0]))
-            raise AssertionError(f"{running['kernel']}: {kind} of {size} bytes at {address:#x}, lane {lanes[first]} of program "
+            raise OutOfBounds(f"{running['kernel']}: {kind} of {size} bytes at {address:#x}, lane {lanes[first]} of program "
                                  f"{interpreter.interpreter_builder.grid_idx}, is outside every argument: {distance:+d} bytes from {name} "
                                  f"({int(bad.sum())} of {len(bad)} active lanes are outside)")
 

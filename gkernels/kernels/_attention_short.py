@@ -1,0 +1,206 @@
+"""Short requests, those of few rows, in the kernel of attention: a program streams one run of their (head, rows, segment) ordinals through one
+loop, and folds what several runs share where it is the last to arrive. The arguments are those of `_attention`.
+"""
+
+import triton
+import triton.language as tl
+
+from ._attention_tile import (
+    count_in,
+    empty_state,
+    empty_tile,
+    finish,
+    fold,
+    get_state,
+    lanes_of,
+    load_queries,
+    load_tile,
+    pages_of,
+    products,
+    put_state,
+    row_sums,
+    rows_of,
+    sight_of,
+    step,
+    visibility,
+)
+
+
+@triton.jit
+def _span_slot(run, run_length, ordinal, first_segment, span, C: tl.constexpr):
+    """Where a run keeps a span's state. A run may end one group of rows and begin another: the first counts its slots up, the second down."""
+    skipped = run * run_length - ordinal                                          # of the group's ordinals, in earlier runs
+    rank = span - tl.cdiv(first_segment + skipped, C.SPAN)
+    return run * C.RUN_SPANS + tl.where(skipped > 0, rank, C.RUN_SPANS - 1 - (span - first_segment // C.SPAN))
+
+
+@triton.jit
+def _segment_slot(x, span_begin, run_length, C: tl.constexpr):
+    """Where a run keeps a segment's state, by ordinals: after the span that it begins in, or in the one that it ends in."""
+    run, owner = x // run_length, span_begin // run_length
+    return run * C.RUN_SEGMENTS + tl.where(run == owner, C.SPAN + x - span_begin, x - run * run_length)
+
+
+@triton.jit
+def _next(tile, row, kv_head, group_tiles, num_rows):
+    """The tile of keys after this one, through tiles, then tiles of rows, then KV heads."""
+    wraps = tile + 1 == group_tiles
+    row += wraps.to(tl.int32)
+    turns = row == num_rows
+    return tl.where(wraps, 0, tile + 1), tl.where(turns, 0, row), kv_head + turns.to(tl.int32)
+
+
+@triton.jit
+def _stream(begin, end, run_begin, run_end, run, run_length, request, first_token, query_len, kv_len, first_segment, num_segments, ordinal, poisoned,
+            inputs, strides, extents, C: tl.constexpr):
+    """Attends to the ordinals [begin, end) of one short request in one pipelined loop: out for groups of rows that lie whole in the run,
+    states of spans and of segments for the others."""
+    q_ptr, k_cache_ptr, v_cache_ptr, block_table_ptr, states_ptr = inputs[0], inputs[1], inputs[2], inputs[3], inputs[5]
+    k_scale_ptr, scale, cap, N = inputs[12], inputs[14], inputs[15], extents[3]
+    M: tl.constexpr = C.SHORT_M
+    ROWS: tl.constexpr = M // C.GROUP
+    TILES: tl.constexpr = C.SEGMENT // C.BLOCK_N
+    table = block_table_ptr + request.to(tl.int64) * strides[8]
+    num_rows = tl.cdiv(query_len, ROWS)
+    first_key = first_segment * C.SEGMENT
+    group_tiles = tl.cdiv(kv_len - first_key, C.BLOCK_N)                          # of the last segment only those with a live key
+    first_tile = begin // num_segments * group_tiles + begin % num_segments * TILES
+    end_tile = end // num_segments * group_tiles + end % num_segments * TILES
+    # Two places in the list of tiles: that of the loads, which the pipeline lets run ahead, and that of the products.
+    to_tile, to_row, to_head = first_tile % group_tiles, first_tile // group_tiles % num_rows, first_tile // group_tiles // num_rows
+    tile, row, kv_head = to_tile, to_row, to_head
+    q = load_queries(row * ROWS, query_len, first_token, kv_head, q_ptr, strides, M, C)
+    pages = pages_of(table, first_key + to_tile * C.BLOCK_N, kv_len, N, C)
+    m, l, acc = empty_tile(M, C)
+    span_m, span_l, span_acc = empty_state(M, C)
+    row_m, row_l, row_acc = empty_state(M, C)
+    k_lanes, v_lanes = lanes_of(k_cache_ptr, strides[3], C.BLOCK_D, C), lanes_of(v_cache_ptr, strides[6], C.BLOCK_DV, C)
+    for _ in range(first_tile, end_tile):
+        n = first_key + to_tile * C.BLOCK_N
+        k, v = load_tile(k_lanes, v_lanes, pages, to_head, n, kv_len, strides, C)
+        to_tile, to_row, to_head = _next(to_tile, to_row, to_head, group_tiles, num_rows)
+        pages = pages_of(table, first_key + to_tile * C.BLOCK_N, kv_len, N, C)
+
+        n = first_key + tile * C.BLOCK_N
+        key, position, first, stop, tree, slope = sight_of(
+            row * ROWS, n, query_len, kv_len, request, first_token, kv_head, inputs, strides, extents, M, C)
+        seen = visibility(key, first, stop, tree, kv_len - query_len, C)
+        k_scale = tl.load(k_scale_ptr + kv_head * strides[13]) if C.HAS_SCALE else 1.0
+        m, l, acc = step(products(q, k, C), v, seen, True, key, position, slope, scale * k_scale, cap, m, l, acc, q.dtype, M, C)
+        if (tile % TILES == TILES - 1) | (tile == group_tiles - 1):
+            span_m, span_l, span_acc = fold(span_m, span_l, span_acc, m, row_sums(l, M, C.BLOCK_N // 4), acc)
+            m, l, acc = empty_tile(M, C)
+            group = kv_head * num_rows + row
+            segment = first_segment + tile // TILES
+            span = segment // C.SPAN
+            x = group * num_segments + tile // TILES                              # ordinals, within the request
+            span_begin = tl.maximum(span * C.SPAN, first_segment) - segment + x
+            span_end = tl.minimum(span * C.SPAN + C.SPAN, first_segment + num_segments) - segment + x
+            span_whole = (ordinal + span_begin >= run_begin) & (ordinal + span_end <= run_end)
+            row_whole = (ordinal + group * num_segments >= run_begin) & (ordinal + (group + 1) * num_segments <= run_end)
+            token, head, live = rows_of(row * ROWS, query_len, first_token, kv_head, M, C)
+            if row_whole:
+                if x + 1 == span_end:
+                    row_m, row_l, row_acc = fold(row_m, row_l, row_acc, span_m, span_l, span_acc)
+                    span_m, span_l, span_acc = empty_state(M, C)
+                if x + 1 == (group + 1) * num_segments:
+                    finish(row_m, row_l, row_acc, poisoned, token, head, live, kv_head, inputs, strides, C)
+                    row_m, row_l, row_acc = empty_state(M, C)
+            elif (x + 1 == span_end) | (span_whole == 0):
+                slot = _segment_slot(ordinal + x, ordinal + span_begin, run_length, C)
+                span_slot = _span_slot(run, run_length, ordinal + group * num_segments, first_segment, span, C)
+                slot = tl.where(span_whole, C.RUNS * C.RUN_SEGMENTS + span_slot, slot)
+                put_state(states_ptr + slot.to(tl.int64) * C.SHORT_STATE, 0, span_m, span_l, span_acc, live, M, M, C)
+                span_m, span_l, span_acc = empty_state(M, C)
+            if tile == group_tiles - 1:
+                _, row, kv_head = _next(tile, row, kv_head, group_tiles, num_rows)
+                more = tl.where(kv_head < C.K, query_len, 0)                      # rows of the next group, if there is one
+                q = load_queries(row * ROWS, more, first_token, kv_head, q_ptr, strides, M, C)
+        tile = tl.where(tile == group_tiles - 1, 0, tile + 1)
+
+
+@triton.jit
+def _fold_spans(row, first, count, group_begin, first_segment, run_length, states_ptr, C: tl.constexpr):
+    """The state of one query row over `count` spans from `first` on."""
+    m, l, acc = empty_state(C.GROUP, C)
+    for base in range(first, first + count, C.SPAN):
+        for j in tl.range(0, C.SPAN, loop_unroll_factor=8):                        # loads in batches: a round trip costs 0.7 us
+            span = base + j
+            owner = tl.maximum(span * C.SPAN - first_segment + group_begin, group_begin) // run_length
+            slot = C.RUNS * C.RUN_SEGMENTS + _span_slot(owner, run_length, group_begin, first_segment, span, C)
+            state_ptr = states_ptr + slot.to(tl.int64) * C.SHORT_STATE
+            m_next, l_next, acc_next = get_state(state_ptr, row * C.GROUP, span < first + count, C.GROUP, C.SHORT_M, C)
+            m, l, acc = fold(m, l, acc, m_next, l_next, acc_next)
+    return m, l, acc
+
+
+@triton.jit
+def _settle(group, begin, end, run_length, first_token, query_len, kv_len, first_segment, num_segments, ordinal, poisoned, inputs, strides,
+            C: tl.constexpr):
+    """Reports the ordinals [begin, end) of a group of rows that other runs share, and folds spans, or the rows, whose states are now complete."""
+    states_ptr, counters_ptr = inputs[5], inputs[6]
+    GROUP: tl.constexpr = C.GROUP
+    ROWS: tl.constexpr = C.SHORT_M // GROUP
+    num_rows = tl.cdiv(query_len, ROWS)
+    kv_head, row0 = group // num_rows, group % num_rows * ROWS
+    rows = tl.minimum(ROWS, query_len - row0)
+    group_begin = ordinal + group * num_segments                                  # ordinals of the whole step from here on
+    begin, end = begin + ordinal, end + ordinal
+    to_segment = first_segment - group_begin
+    first_span, last_span = (begin + to_segment) // C.SPAN, (end - 1 + to_segment) // C.SPAN
+    done = end - begin                                                            # of the group's segments, in spans that are complete
+    for span in range(first_span, last_span + 1, tl.maximum(last_span - first_span, 1)):
+        span_begin = tl.maximum(span * C.SPAN - to_segment, group_begin)
+        span_end = tl.minimum(span * C.SPAN + C.SPAN - to_segment, group_begin + num_segments)
+        mine = tl.minimum(end, span_end) - tl.maximum(begin, span_begin)
+        if mine < span_end - span_begin:
+            done -= mine
+            owner = span_begin // run_length
+            if count_in(counters_ptr + 4 + owner, mine, span_end - span_begin):
+                for row in range(0, rows):
+                    m, l, acc = empty_state(GROUP, C)
+                    for j in tl.range(0, C.SPAN, loop_unroll_factor=8):
+                        slot = _segment_slot(span_begin + j, span_begin, run_length, C)
+                        m_next, l_next, acc_next = get_state(states_ptr + slot.to(tl.int64) * C.SHORT_STATE, row * GROUP, span_begin + j < span_end,
+                                                             GROUP, C.SHORT_M, C)
+                        m, l, acc = fold(m, l, acc, m_next, l_next, acc_next)
+                    if span_end - span_begin == num_segments:
+                        token, head, live = rows_of(row0 + row, query_len, first_token, kv_head, GROUP, C)
+                        finish(m, l, acc, poisoned, token, head, live, kv_head, inputs, strides, C)
+                    else:
+                        slot = C.RUNS * C.RUN_SEGMENTS + _span_slot(owner, run_length, group_begin, first_segment, span, C)
+                        put_state(states_ptr + slot.to(tl.int64) * C.SHORT_STATE, row * GROUP, m, l, acc, tl.full((GROUP,), True, tl.int1), GROUP,
+                                  C.SHORT_M, C)
+                done += tl.where(span_end - span_begin == num_segments, 0, span_end - span_begin)
+    spans = (first_segment + num_segments - 1) // C.SPAN - first_segment // C.SPAN + 1
+    if (spans > 1) & (done > 0):
+        if count_in(counters_ptr + 4 + C.RUNS + group_begin // run_length, done, num_segments):
+            for row in range(0, rows):
+                m, l, acc = _fold_spans(row, first_segment // C.SPAN, spans, group_begin, first_segment, run_length, states_ptr, C)
+                token, head, live = rows_of(row0 + row, query_len, first_token, kv_head, GROUP, C)
+                finish(m, l, acc, poisoned, token, head, live, kv_head, inputs, strides, C)
+
+
+@triton.jit
+def take_run(run, short_at, runs_at, inputs, strides, extents, C: tl.constexpr):
+    """All of a run: the ordinals up to the next one's, request by request."""
+    work_ptr = inputs[4]
+    record = work_ptr + (runs_at + run) * C.RECORD                                # which holds a copy of its first request's
+    run_length, index, begin, run_end = tl.load(work_ptr + 3), tl.load(record + 8), tl.load(record + 9), tl.load(record + C.RECORD + 9)
+    run_begin = begin
+    while begin < run_end:
+        request, first_token, query_len, kv_len = tl.load(record), tl.load(record + 1), tl.load(record + 2), tl.load(record + 3)
+        first_segment, num_segments, ordinal, poisoned = tl.load(record + 4), tl.load(record + 5), tl.load(record + 6), tl.load(record + 7)
+        groups = tl.cdiv(query_len, C.SHORT_M // C.GROUP) * C.K
+        first, last = begin - ordinal, tl.minimum(run_end - ordinal, groups * num_segments)
+        _stream(first, last, run_begin, run_end, run, run_length, request, first_token, query_len, kv_len, first_segment, num_segments, ordinal,
+                poisoned, inputs, strides, extents, C)
+        first_group, last_group = first // num_segments, (last - 1) // num_segments
+        for group in range(first_group, last_group + 1, tl.maximum(last_group - first_group, 1)):
+            group_begin, group_end = tl.maximum(first, group * num_segments), tl.minimum(last, (group + 1) * num_segments)
+            if group_end - group_begin < num_segments:
+                _settle(group, group_begin, group_end, run_length, first_token, query_len, kv_len, first_segment, num_segments, ordinal, poisoned,
+                        inputs, strides, C)
+        begin = ordinal + last
+        index += 1
+        record = work_ptr + (short_at + index) * C.RECORD

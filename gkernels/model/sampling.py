@@ -1,0 +1,61 @@
+"""How one request's tokens are drawn and when it ends."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from .. import ops
+
+MAX_STOP_IDS, MAX_BANNED_IDS, MAX_BIAS = 16, 32, 32      # a request may have; a step's buffers hold as many for every row
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """temperature 0 is greedy; top_k 0, top_p 1, min_p 0 and typical_p 1 are off, as are penalties of 1, 0 and 0. `repetition_penalty` counts the
+    prompt's tokens too, the others generated ones. `min_tokens` keeps stop tokens from being drawn before."""
+
+    max_tokens: int = 64
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int = 0
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    typical_p: float = 1.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: dict[int, float] = field(default_factory=dict, hash=False)
+    banned_token_ids: tuple[int, ...] = ()
+    min_tokens: int = 0
+
+    @property
+    def has_penalties(self) -> bool:
+        return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1.0, 0.0, 0.0)
+
+    @property
+    def adjusts(self) -> bool:
+        """Whether logits change before they are drawn from."""
+        return bool(self.has_penalties or self.logit_bias or self.banned_token_ids or self.min_tokens)
+
+    def ends(self, eos_token_ids: tuple[int, ...]) -> tuple[int, ...]:
+        """The tokens that end the request."""
+        return tuple(dict.fromkeys((*self.stop_token_ids, *(() if self.ignore_eos else eos_token_ids))))
+
+    def check(self, vocab_size: int, eos_token_ids: tuple[int, ...], where: str) -> None:
+        """Raises ValueError on what no step could obey."""
+        bad = [t for t in self.stop_token_ids if isinstance(t, bool) or not isinstance(t, int) or not 0 <= t < vocab_size]
+        if bad:
+            raise ValueError(f"{where}: stop_token_ids: got {bad[:4]}, expected Python integers from 0 to {vocab_size - 1}")
+        if isinstance(self.max_tokens, bool) or not isinstance(self.max_tokens, int) or self.max_tokens < 1:
+            raise ValueError(f"{where}: max_tokens: got {self.max_tokens}, expected at least 1")
+        if not isinstance(self.seed, int) or not -2**63 <= self.seed < 2**63:
+            raise ValueError(f"{where}: seed: got {self.seed}, expected a 64-bit integer")
+        for name, values, most in (("stop_token_ids and end-of-sequence tokens", self.ends(eos_token_ids), MAX_STOP_IDS),
+                                   ("logit_bias", self.logit_bias, MAX_BIAS), ("banned_token_ids", self.banned_token_ids, MAX_BANNED_IDS)):
+            if len(values) > most:
+                raise ValueError(f"{where}: {name}: got {len(values)} tokens, expected at most {most}")
+        ops.check_options(self.temperature, self.top_k, self.top_p, self.min_p, vocab_size, self.typical_p)
+        ops.check_adjustments(vocab_size, self.logit_bias, self.repetition_penalty, self.presence_penalty, self.frequency_penalty,
+                              self.banned_token_ids, self.min_tokens)

@@ -1,0 +1,69 @@
+"""Speculative steps bring the tokens of plain ones, in as many calls as a model in plain Python needs."""
+
+import pytest
+import torch
+
+import reference.ngram as reference_ngram
+from gkernels import ops
+from gkernels.model.engine import Sampling
+from gkernels.model.speculation import Speculation, SpeculativeStep
+from tests.test_engine import MAX_LEN, Real, check_books, prompts, want
+
+LOOPING = [(40 + i) % 80 + 14 for i in range(9)]            # a prompt after which the random model soon repeats itself
+
+
+def serve(device, batch, options, speculation, **engine):
+    world = Real(device)
+    engine = world.engine(speculation=speculation, **dict(burst=4) | engine)
+    got = engine.generate(batch, options)
+    check_books(engine)
+    assert got == [want(world, p, s)[0] for p, s in zip(batch, options, strict=True)]
+    return engine
+
+
+def calls(prompt, output, s, speculation, device):
+    """How many speculative steps bring the output's tokens after the first."""
+    tokens, known, count = prompt + output, len(prompt) + 1, 0
+    while known < len(tokens):
+        limit = min(s.max_tokens - (known - len(prompt)), MAX_LEN - known) - 1
+        row = lambda value: torch.tensor([value], dtype=torch.int32, device=device)
+        history = torch.tensor([tokens[:known]], dtype=torch.int32, device=device)
+        draft, n = reference_ngram.ngram(history, row(known), row(limit), speculation.min_n, speculation.max_n, speculation.drafts)
+        told = draft[0, :int(n[0])].tolist()
+        stand = next((j for j, token in enumerate(told) if tokens[known + j] != token), len(told))
+        known, count = known + stand + 1, count + 1
+    return count
+
+
+@pytest.mark.parametrize("speculation", [Speculation(3, 1, 2), Speculation(1, 2, 3)], ids=str)
+def test_greedy_equals_plain_in_fewer_steps(device, speculation):
+    s = Sampling(20, ignore_eos=True)
+    engine = serve(device, [LOOPING], [s], speculation, burst=1)
+    needed = calls(LOOPING, want(Real(device), LOOPING, s)[0], s, speculation, device)
+    assert engine.steps == 1 + needed and needed < 15, f"{engine.steps} steps, expected {1 + needed}"
+
+
+def test_drawn_and_stopped_requests_keep_their_tokens(device):
+    """Ragged drafts of three requests, one drawn, one that stops amid its drafts, one that ends with its length."""
+    tokens = want(Real(device), LOOPING, Sampling(20, ignore_eos=True))[0]
+    options = [Sampling(14, 0.6, 20, seed=3, ignore_eos=True), Sampling(20, stop_token_ids=(tokens[15],), ignore_eos=True), Sampling(6)]
+    serve(device, [prompts(4)[0], LOOPING, prompts(2)[0]], options, Speculation(3, 1, 2))
+
+
+def test_requests_with_penalties_are_not_guessed_for(device):
+    world = Real(device)
+    engine = world.engine(speculation=Speculation(3, 1, 2), burst=2)
+    engine.generate([LOOPING], [Sampling(6, ignore_eos=True, frequency_penalty=9.0)])
+    assert engine.bursts > 0 and engine.guess_burst.eager_steps == 0 < engine.burst.eager_steps
+
+
+def test_drafts_that_are_believed_are_caught(device, monkeypatch):
+    verify = ops.verify_out
+    monkeypatch.setattr(ops, "verify_out", lambda draft, sampled, *rest: verify(draft, torch.where(draft >= 0, draft, sampled), *rest))
+    with pytest.raises(AssertionError):
+        serve(device, [LOOPING], [Sampling(20, ignore_eos=True)], Speculation(3, 1, 2))
+
+
+def test_no_drafts_are_refused(device):
+    with pytest.raises(ValueError, match="SpeculativeStep: drafts: got 0, expected at least 1"):
+        SpeculativeStep(Real(device).engine(capture=False).step_fn, Speculation(0), 1)
