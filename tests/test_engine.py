@@ -349,22 +349,24 @@ def test_bursts_equal_single_steps(device, burst):
 
 
 class Overrunning(Engine):
-    """Its bursts go one step on, which no token shows."""
+    """Its bursts go one step on, and overwrite the ring's first line."""
 
-    def _reserve_burst(self, batch):
+    def _reserve_burst(self, *args):
         burst = self.burst.step
         self.burst.step = lambda bucket: (burst(bucket), self.step_fn(bucket))
-        return super()._reserve_burst(batch)
+        return super()._reserve_burst(*args)
 
 
-class Hasty(Engine):
-    """Counts a token too many where it decodes."""
+class Forgetting(Engine):
+    """Its steps append their tokens to a copy, so that a burst's all compute the first one's."""
 
-    def _row(self, request, n):
-        return replace(super()._row(request, n), generated=len(request.output) + 1)
+    def _reserve_burst(self, *args):
+        state = type(self.step_fn).state
+        self.step_fn.state = lambda R: replace(state(self.step_fn, R), token_ids=self.step_fn.buffers["token_ids"][:R].clone())
+        return super()._reserve_burst(*args)
 
 
-@pytest.mark.parametrize("kind", [Overrunning, Hasty])
+@pytest.mark.parametrize("kind", [Overrunning, Forgetting])
 def test_a_broken_burst_is_caught(device, kind):
     with pytest.raises((AssertionError, RuntimeError)):
         check_bursts(device, 5, kind)
