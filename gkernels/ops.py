@@ -129,15 +129,15 @@ def add_rmsnorm(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, e
 
 
 def _sample_tensors(logits, temperature, top_k, top_p, min_p, seed, position, seq_lens, status, scores, partials, counts, state, list_x, list_ids,
-                    out, typical_p=None, probs=None):
-    workspace = SamplingWorkspace(scores, partials, counts, state, list_x, list_ids)
+                    groups, out, typical_p=None, probs=None):
+    workspace = SamplingWorkspace(scores, partials, counts, state, list_x, list_ids, groups)
     sampling.sample_out(logits, temperature, top_k, top_p, min_p, seed, position, seq_lens, status, workspace, out, typical_p, probs)
 
 
 _sample_op = _register(
     "sample_out(Tensor logits, Tensor temperature, Tensor top_k, Tensor top_p, Tensor min_p, Tensor seed, Tensor position, Tensor seq_lens, "
     "Tensor(a!) status, Tensor(b!) scores, Tensor(c!) partials, Tensor(d!) counts, Tensor(e!) state, Tensor(f!) list_x, Tensor(g!) list_ids, "
-    "Tensor(h!) out, Tensor? typical_p=None, Tensor(i!)? probs=None) -> ()", _sample_tensors)
+    "Tensor(h!) groups, Tensor(i!) out, Tensor? typical_p=None, Tensor(j!)? probs=None) -> ()", _sample_tensors)
 
 
 def sample_out(logits: torch.Tensor, temperature: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, min_p: torch.Tensor,
@@ -146,7 +146,7 @@ def sample_out(logits: torch.Tensor, temperature: torch.Tensor, top_k: torch.Ten
     """Writes one token a row to `out` and ors flags into `status`: see gkernels.kernels.sampling. The registered op takes the workspace's tensors."""
     w = workspace
     _sample_op(logits, temperature, top_k, top_p, min_p, seed, position, seq_lens, status, w.scores, w.partials, w.counts, w.state, w.list_x,
-               w.list_ids, out, typical_p, probs)
+               w.list_ids, w.groups, out, typical_p, probs)
 
 
 def sample(logits: torch.Tensor, temperature: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, min_p: torch.Tensor, seed: torch.Tensor,

@@ -519,7 +519,7 @@ def meets_a_new_kernel():
 
     def fn(inputs):
         if len(e.lengths) == 1:
-            _late_mask_kernel[(R,)](e.x, e.lens, e.out, N=N)
+            _late_mask_kernel[(R,)](e.x, e.lens, e.out, N=N, num_warps=2)       # as no other exhibit launches it
         else:
             e.double()
     return e.subject(fn)
@@ -556,11 +556,23 @@ def keeps_what_it_makes():
     return e.subject(fn)
 
 
-@exhibit("a wait that torch does not see", "capture-fails", gpu=True)
+@exhibit("a wait that torch does not see", "hidden-sync", gpu=True)
 def waits_for_its_stream():
     e = Engine()
 
     def fn(inputs):
         e.double()
         torch.cuda.current_stream().synchronize()
+    return e.subject(fn)
+
+
+@exhibit("a question that a capture does not allow", "capture-fails", gpu=True)
+def asks_whether_an_event_is_over():
+    e, event = Engine(), torch.cuda.Event()
+
+    def fn(inputs):
+        e.double()
+        if not torch.cuda.is_current_stream_capturing():
+            event.record()
+        event.query()
     return e.subject(fn)

@@ -256,7 +256,7 @@ def test_sampling_face_equals_registered_op(device):
     op, args, kwargs = arguments("sample_out typical probs", device)
     _, same, same_kwargs = arguments("sample_out typical probs", device)
     op(*args, **kwargs)
-    ops.sample_out(*same[:9], ops.SamplingWorkspace(*same[9:15]), same[15], **same_kwargs)
+    ops.sample_out(*same[:9], ops.SamplingWorkspace(*same[9:16]), same[16], **same_kwargs)
     for got, want in zip((*same, *same_kwargs.values()), (*args, *kwargs.values()), strict=True):
         assert_same(got, want)
 

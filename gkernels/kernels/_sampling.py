@@ -3,29 +3,33 @@
 A row's last program to arrive in `first` or `count` settles it for the next pass: no pass waits for a host or a barrier. All merges are exact
 (maxima, integer sums, float64 scores), so neither arrival nor chunking moves a bit.
 
-  first   the greatest logit; rows that drop nothing are drawn here and are done, as are greedy ones
+  first   the greatest logit, and that of every GROUP tokens; rows that drop nothing are drawn here and are done, as are greedy ones
   count   how many tokens lie in each of BINS bins of distance from the greatest, which bounds where the kept prefix ends
   draw    tokens of bins that are surely kept compete where they are read; those of bins where the prefix may end are listed
   select  one program a row finds the end in the list, or in the whole row where the list cannot hold it, and draws
   probs   where asked for, the kept tokens' probabilities
+
+A row that keeps few tokens needs neither `count` nor `draw`: the groups' greatest bound its prefix, and the last program in `first` lists it.
 """
 
 import triton
 import triton.language as tl
 
 from ._arrive import arrive
-from ._noise import gumbel
-from ._sampling_cut import clean, kept_of, mass_of, scaled, select, tile_of
+from ._sampling_cut import kept_of, select, tile_of
+from ._sampling_short import GROUP, list_kept
+from ._sampling_tokens import better, clean, first_best, key_of, mass_of, may_beat, scaled, scores
 
 NO_TOKEN, BAD_OPTION = 4, 8
 BINS = 1024
 STATE = 16                                            # int32 a row: what one pass leaves for the next
-DONE, COUNT, LIST, ROW = 0, 1, 2, 3                   # modes: drawn; to be counted; to be drawn with a list; to be drawn from the whole row
+DONE, COUNT, LIST, ROW, SHORT = 0, 1, 2, 3, 4         # modes: drawn; to be counted; to be drawn with a list; from the row; from a list alone
 _INF = tl.constexpr(float("inf"))
 _LOWEST = tl.constexpr(-0x7F800001)                   # the key of -inf
 _LINEAR = tl.constexpr(768)                           # bins up to z = -16, 48 a unit; the others 16 an octave, up to z = -2^20
 _NO_TOKEN, _BAD_OPTION, _BINS, _STATE = tl.constexpr(NO_TOKEN), tl.constexpr(BAD_OPTION), tl.constexpr(BINS), tl.constexpr(STATE)
-_DONE, _COUNT, _LIST, _ROW = tl.constexpr(DONE), tl.constexpr(COUNT), tl.constexpr(LIST), tl.constexpr(ROW)
+_DONE, _COUNT, _LIST, _ROW, _SHORT = (tl.constexpr(mode) for mode in (DONE, COUNT, LIST, ROW, SHORT))
+_GROUP = tl.constexpr(GROUP)
 
 
 @triton.jit
@@ -33,20 +37,6 @@ def _bin_of(z):
     """The bin of z = (x - top) / temperature, which never falls as x falls: fine where masses are, and wide enough for any temperature."""
     far = ((z * -0.0625).to(tl.int32, bitcast=True) - 0x3F800000 >> 19) + _LINEAR
     return tl.where(z > -16.0, (tl.maximum(z, -16.0) * -48.0).to(tl.int32), tl.minimum(far, _BINS - 1))
-
-
-@triton.jit
-def _best(score, ids, V: tl.constexpr):
-    """The greatest value and the lowest id that has it."""
-    top = tl.max(score, 0)
-    return top, tl.min(tl.where(score == top, ids, V), 0)
-
-
-@triton.jit
-def _scores(x, ids, kept, temperature, seed, position):
-    """float64: exact for logits of any size, so that no row needs its greatest to draw."""
-    noise = gumbel(seed, position, ids).to(tl.float64)
-    return tl.where(kept, x.to(tl.float64) * (1.0 / temperature.to(tl.float64)) + noise, -_INF)
 
 
 @triton.jit
@@ -67,7 +57,7 @@ def _merge(scores_ptr, partials_ptr, row, which: tl.constexpr, V: tl.constexpr, 
     offs_c = tl.arange(0, BLOCK_C)
     at, mask = row * CHUNKS + offs_c, offs_c < CHUNKS
     score = tl.load(scores_ptr + at * 2 + which, mask, other=-_INF, cache_modifier=".cg")
-    return _best(score, tl.load(partials_ptr + at * 3 + which, mask, other=V, cache_modifier=".cg").to(tl.int32), V)
+    return first_best(score, tl.load(partials_ptr + at * 3 + which, mask, other=V, cache_modifier=".cg").to(tl.int32), V)
 
 
 @triton.jit
@@ -84,6 +74,13 @@ def _put_cut(state, cut):
     tl.store(state + 9, cut[3].to(tl.int32, bitcast=True))
     tl.store(state + 10, cut[4])
     tl.store(state + 11, cut[5])
+
+
+@triton.jit
+def _tile(logits_ptr, row, at, stride_lr, V: tl.constexpr, BLOCK: tl.constexpr):
+    """Ids and clean logits of BLOCK tokens from `at`."""
+    ids = at + tl.arange(0, BLOCK)                                                 # [BLOCK]
+    return ids, clean(tl.load(logits_ptr + row.to(tl.int64) * stride_lr + ids, ids < V, other=-_INF))
 
 
 @triton.jit(do_not_specialize_on_alignment=["temperature_ptr", "top_k_ptr", "top_p_ptr", "min_p_ptr", "typical_p_ptr", "seed_ptr", "position_ptr",
@@ -104,10 +101,14 @@ def first_kernel(
     partials_ptr,      # [R, CHUNKS, 3] int64: their ids, the second of which `draw` overwrites; see there for the third
     counts_ptr,        # [R, BINS + 3] int32, zeros between launches: tokens a bin; programs that arrived in `first` and `count`; tokens listed
     state_ptr,         # [R, STATE] int32: mode, greatest logit, then what `count` finds
+    groups_ptr,        # [R, 2, GROUPS] int32: of each GROUP tokens the key of the greatest logit, and all masses in units of 2^-24 of its
+    list_x_ptr,        # [R, CAPACITY] float32
+    list_ids_ptr,      # [R, CAPACITY] int32
     stride_lr,
-    V: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_C: tl.constexpr, HAS_TYPICAL: tl.constexpr,
+    V: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_C: tl.constexpr, GROUPS: tl.constexpr,
+    BLOCK_G: tl.constexpr, CAPACITY: tl.constexpr, HAS_TYPICAL: tl.constexpr,
 ):
-    chunk, row = tl.program_id(0), tl.program_id(1)
+    chunk, row = tl.program_id(0) % CHUNKS, tl.program_id(0) // CHUNKS
     state = state_ptr + row * _STATE
     if tl.load(seq_lens_ptr + row) <= 0:
         if chunk == 0:
@@ -116,14 +117,28 @@ def first_kernel(
         return
     options = (temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, typical_p_ptr)
     temperature, top_k, top_p, min_p, typical_p, good = _options(row, options, V, HAS_TYPICAL)
-    cuts = (top_k < V) | (top_p < 1.0) | (typical_p < 1.0)
+    cuts, is_short = (top_k < V) | (top_p < 1.0) | (typical_p < 1.0), ((top_k <= GROUPS // 4) | ((top_k == V) & (top_p < 1.0))) & (typical_p == 1.0)
     draws_here = (temperature > 0.0) & (cuts == 0) & (min_p == 0.0)
-    ids = chunk * CHUNK + tl.arange(0, CHUNK)                                      # [CHUNK]
-    x = clean(tl.load(logits_ptr + row.to(tl.int64) * stride_lr + ids, ids < V, other=-_INF))
-    top, top_id = _best(x, ids, V)
-    score, token = tl.full((), -_INF, tl.float64), top_id
-    if draws_here:
-        score, token = _best(_scores(x, ids, x > -_INF, temperature, tl.load(seed_ptr + row), tl.load(position_ptr + row)), ids, V)
+    seed, position = tl.load(seed_ptr + row), tl.load(position_ptr + row)
+    tops, at_group = tl.full((BLOCK // _GROUP,), -_INF, tl.float32), tl.full((BLOCK // _GROUP,), 0, tl.int32)
+    score, token = tl.full((), -_INF, tl.float64), tl.full((), V, tl.int32)
+    for at in tl.range(chunk * CHUNK, chunk * CHUNK + CHUNK, BLOCK, num_stages=4):
+        ids, x = _tile(logits_ptr, row, at, stride_lr, V, BLOCK)
+        tile = tl.reshape(x, (BLOCK // _GROUP, _GROUP))
+        groups, group_tops = at // _GROUP + tl.arange(0, BLOCK // _GROUP), tl.max(tile, 1)
+        at_group, tops = tl.where(group_tops > tops, groups, at_group), tl.maximum(tops, group_tops)
+        if is_short:
+            tl.store(groups_ptr + row * 2 * GROUPS + groups, key_of(group_tops), groups < GROUPS)
+            if top_k == V:
+                z = scaled(tile, tl.maximum(group_tops, -3e38)[:, None], temperature)
+                masses = tl.sum((tl.exp(z) * 16777216.0 + 0.5).to(tl.int32), 1)
+                tl.store(groups_ptr + (row * 2 + 1) * GROUPS + groups, masses, groups < GROUPS)
+        if draws_here:
+            if tl.max(may_beat(score, x, ids, temperature, seed, position).to(tl.int32), 0) == 1:
+                score, token = better(score, token, *first_best(scores(x, ids, x > -_INF, temperature, seed, position), ids, V))
+    top, group = first_best(tops, at_group, V)
+    members, x = _tile(logits_ptr, row, group * _GROUP, stride_lr, V, _GROUP)
+    top_id = tl.min(tl.where(x == top, members, V - 1), 0)
     partial = row * CHUNKS + chunk
     tl.store(scores_ptr + partial * 2, top.to(tl.float64))
     tl.store(scores_ptr + partial * 2 + 1, score)
@@ -134,11 +149,18 @@ def first_kernel(
         _, drawn = _merge(scores_ptr, partials_ptr, row, 1, V, CHUNKS, BLOCK_C)
         is_drawn, none = (temperature > 0.0) & (tl.abs(greatest) < _INF), greatest == -_INF
         tl.store(out_ptr + row, tl.where(none, -1, tl.where(is_drawn & draws_here, drawn, likeliest)))
-        tl.store(state, tl.where(is_drawn & (draws_here == 0), tl.where(cuts, _COUNT, _LIST), _DONE))
-        tl.store(state + 1, greatest.to(tl.float32).to(tl.int32, bitcast=True))
+        top, mode, listed = greatest.to(tl.float32), tl.where(cuts, _COUNT, _LIST), tl.full((), 0, tl.int32)
+        if is_short & is_drawn:
+            lists = row.to(tl.int64) * CAPACITY
+            listed, beyond = list_kept(logits_ptr + row.to(tl.int64) * stride_lr, groups_ptr + row * 2 * GROUPS, list_x_ptr + lists,
+                                       list_ids_ptr + lists, top, temperature, top_k, top_p, V, BLOCK, GROUPS, BLOCK_G, CAPACITY)
+            mode, listed = tl.where(listed < 0, _COUNT, _SHORT), tl.maximum(listed, 0)
+            tl.store(partials_ptr + row * CHUNKS * 3, beyond)
+        tl.store(state, tl.where(is_drawn & (draws_here == 0), mode, _DONE))
+        tl.store(state + 1, top.to(tl.int32, bitcast=True))
         _put_cut(state, (tl.full((), _LOWEST, tl.int32), V, 0.0, tl.full((), 0.0, tl.float32), tl.full((), -2**31, tl.int32), V))
-        offs = tl.arange(0, 8)                                                     # an empty list, and every bin surely kept
-        tl.store(state + offs, tl.where(offs < 5, _BINS, 0), (offs >= 2) & (offs < 7))
+        offs = tl.arange(0, 8)                                                     # every bin surely kept
+        tl.store(state + offs, tl.where(offs < 5, _BINS, listed), (offs >= 2) & (offs < 7))
         flags = tl.where(none, _NO_TOKEN, 0) | tl.where(good, 0, _BAD_OPTION)
         tl.store(status_ptr + row, tl.load(status_ptr + row) | flags)
 
@@ -179,20 +201,23 @@ def count_kernel(
     logits_ptr, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, typical_p_ptr,                                     # as in first_kernel
     partials_ptr,      # [R, CHUNKS, 3]: the first is the chunk's mass
     counts_ptr, state_ptr, stride_lr,
-    V: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_C: tl.constexpr, CAPACITY: tl.constexpr, HAS_TYPICAL: tl.constexpr,
+    V: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_C: tl.constexpr, CAPACITY: tl.constexpr,
+    HAS_TYPICAL: tl.constexpr,
 ):
-    chunk, row = tl.program_id(0), tl.program_id(1)
+    chunk, row = tl.program_id(0) % CHUNKS, tl.program_id(0) // CHUNKS
     state, counts_ptr = state_ptr + row * _STATE, counts_ptr + row * (_BINS + 3)
     if tl.load(state) != _COUNT:
         return
     options = (temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, typical_p_ptr)
     temperature, top_k, top_p, _, typical_p, _ = _options(row, options, V, HAS_TYPICAL)
-    ids, bins = chunk * CHUNK + tl.arange(0, CHUNK), tl.arange(0, _BINS)
-    x = clean(tl.load(logits_ptr + row.to(tl.int64) * stride_lr + ids, ids < V, other=-_INF))
-    z = scaled(x, tl.load(state + 1).to(tl.float32, bitcast=True), temperature)
-    counts = tl.histogram(_bin_of(z), _BINS, x > -_INF)
+    top, bins = tl.load(state + 1).to(tl.float32, bitcast=True), tl.arange(0, _BINS)
+    counts, mass = tl.zeros((_BINS,), tl.int32), tl.zeros((BLOCK,), tl.int64)
+    for at in tl.range(chunk * CHUNK, chunk * CHUNK + CHUNK, BLOCK):
+        z = scaled(_tile(logits_ptr, row, at, stride_lr, V, BLOCK)[1], top, temperature)
+        counts += tl.histogram(_bin_of(z), _BINS, z > -_INF)
+        mass += mass_of(z)
     tl.atomic_add(counts_ptr + bins, counts, counts > 0, sem="relaxed")
-    tl.store(partials_ptr + (row * CHUNKS + chunk) * 3, tl.sum(mass_of(z), 0))
+    tl.store(partials_ptr + (row * CHUNKS + chunk) * 3, tl.sum(mass, 0))
     if arrive(counts_ptr + _BINS + 1, CHUNKS):
         counts = tl.load(counts_ptr + bins, cache_modifier=".cg")
         tl.store(counts_ptr + bins, tl.zeros((_BINS,), tl.int32))
@@ -213,50 +238,50 @@ def draw_kernel(
     logits_ptr, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, typical_p_ptr, seed_ptr, position_ptr,             # as in first_kernel
     scores_ptr,        # [R, CHUNKS, 2]: the second is written
     partials_ptr,      # [R, CHUNKS, 3]: mass surely kept, id of the greatest score, mass that counts in the total only
-    counts_ptr, state_ptr,
-    list_x_ptr,        # [R, CAPACITY] float32
-    list_ids_ptr,      # [R, CAPACITY] int32
-    stride_lr,
-    V: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, CAPACITY: tl.constexpr, HAS_TYPICAL: tl.constexpr,
+    counts_ptr, state_ptr, list_x_ptr, list_ids_ptr, stride_lr,                                                      # as in first_kernel
+    V: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr, CAPACITY: tl.constexpr, HAS_TYPICAL: tl.constexpr,
 ):
-    chunk, row = tl.program_id(0), tl.program_id(1)
+    chunk, row = tl.program_id(0) % CHUNKS, tl.program_id(0) // CHUNKS
     state = state_ptr + row * _STATE
     if tl.load(state) != _LIST:
         return
     options = (temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, typical_p_ptr)
     temperature, _, _, min_p, _, _ = _options(row, options, V, HAS_TYPICAL)
+    seed, position = tl.load(seed_ptr + row), tl.load(position_ptr + row)
     top = tl.load(state + 1).to(tl.float32, bitcast=True)
     first, last, k_bin = tl.load(state + 2), tl.load(state + 3), tl.load(state + 4)
-    ids = chunk * CHUNK + tl.arange(0, CHUNK)                                      # [CHUNK]
-    x = clean(tl.load(logits_ptr + row.to(tl.int64) * stride_lr + ids, ids < V, other=-_INF))
-    z = scaled(x, top, temperature)
-    live, bins = x > -_INF, _bin_of(z)
-    is_sure, is_beyond = live & (bins < first), live & (bins > last) & (bins < k_bin)
-    listed = live & (bins >= first) & ((bins <= last) | (bins == k_bin))
     score, token = tl.full((), -_INF, tl.float64), tl.full((), V, tl.int32)
-    kept = is_sure & (tl.exp(z) >= min_p)
-    if tl.max(kept.to(tl.int32), 0) == 1:
-        score, token = _best(_scores(x, ids, kept, temperature, tl.load(seed_ptr + row), tl.load(position_ptr + row)), ids, V)
-    count = tl.sum(listed.to(tl.int32), 0)
-    if count > 0:
-        at = tl.atomic_add(counts_ptr + row * (_BINS + 3) + _BINS + 2, count, sem="relaxed") + tl.cumsum(listed.to(tl.int32), 0) - 1
-        at = row.to(tl.int64) * CAPACITY + at
-        tl.store(list_x_ptr + at, x, listed)
-        tl.store(list_ids_ptr + at, ids, listed)
-    partial, mass = row * CHUNKS + chunk, mass_of(z)
+    sure, beyond = tl.full((), 0, tl.int64), tl.full((), 0, tl.int64)
+    for at in tl.range(chunk * CHUNK, chunk * CHUNK + CHUNK, BLOCK):
+        ids, x = _tile(logits_ptr, row, at, stride_lr, V, BLOCK)
+        z = scaled(x, top, temperature)
+        live, bins, mass = x > -_INF, _bin_of(z), mass_of(z)
+        is_sure, is_beyond = live & (bins < first), live & (bins > last) & (bins < k_bin)
+        listed = live & (bins >= first) & ((bins <= last) | (bins == k_bin))
+        sure, beyond = sure + tl.sum(tl.where(is_sure, mass, 0), 0), beyond + tl.sum(tl.where(is_beyond, mass, 0), 0)
+        kept = is_sure & (tl.exp(z) >= min_p)
+        if tl.max((kept & may_beat(score, x, ids, temperature, seed, position)).to(tl.int32), 0) == 1:
+            score, token = better(score, token, *first_best(scores(x, ids, kept, temperature, seed, position), ids, V))
+        count = tl.sum(listed.to(tl.int32), 0)
+        if count > 0:
+            place = tl.atomic_add(counts_ptr + row * (_BINS + 3) + _BINS + 2, count, sem="relaxed") + tl.cumsum(listed.to(tl.int32), 0) - 1
+            place = row.to(tl.int64) * CAPACITY + place
+            tl.store(list_x_ptr + place, x, listed)
+            tl.store(list_ids_ptr + place, ids, listed)
+    partial = row * CHUNKS + chunk
     tl.store(scores_ptr + partial * 2 + 1, score)
-    tl.store(partials_ptr + partial * 3, tl.sum(tl.where(is_sure, mass, 0), 0))
+    tl.store(partials_ptr + partial * 3, sure)
     tl.store(partials_ptr + partial * 3 + 1, token.to(tl.int64))
-    tl.store(partials_ptr + partial * 3 + 2, tl.sum(tl.where(is_beyond, mass, 0), 0))
+    tl.store(partials_ptr + partial * 3 + 2, beyond)
 
 
 @triton.jit(do_not_specialize_on_alignment=["temperature_ptr", "top_k_ptr", "top_p_ptr", "min_p_ptr", "typical_p_ptr", "seed_ptr", "position_ptr",
                                             "out_ptr"])
 def select_kernel(
     logits_ptr, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, typical_p_ptr, seed_ptr, position_ptr, out_ptr,    # as in first_kernel
-    scores_ptr, partials_ptr, counts_ptr, state_ptr, list_x_ptr, list_ids_ptr,                                       # as in draw_kernel
-    stride_lr,
-    V: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_C: tl.constexpr, CAPACITY: tl.constexpr, BLOCK: tl.constexpr, HAS_TYPICAL: tl.constexpr,
+    scores_ptr, partials_ptr, counts_ptr, state_ptr, list_x_ptr, list_ids_ptr, stride_lr,                            # as in draw_kernel
+    V: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_C: tl.constexpr, CAPACITY: tl.constexpr, RANKED: tl.constexpr,
+    HAS_TYPICAL: tl.constexpr,
 ):
     row = tl.program_id(0)
     state = state_ptr + row * _STATE
@@ -267,21 +292,23 @@ def select_kernel(
     options = (temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, typical_p_ptr)
     temperature, top_k, top_p, min_p, typical_p, _ = _options(row, options, V, HAS_TYPICAL)
     seed, position = tl.load(seed_ptr + row), tl.load(position_ptr + row)
-    top, is_row = tl.load(state + 1).to(tl.float32, bitcast=True), mode == _ROW
+    top, count = tl.load(state + 1).to(tl.float32, bitcast=True), tl.load(state + 6)
+    k_left = tl.where(mode == _SHORT, top_k, tl.load(state + 5))
+    # Else fewer tokens than top_k have a logit
+    has_k = (top_k < V) & ((mode == _ROW) | tl.where(mode == _SHORT, count > top_k, tl.load(state + 4) < _BINS))
     sure, beyond, score, token = tl.full((), 0, tl.int64), tl.full((), 0, tl.int64), tl.full((), -_INF, tl.float64), tl.full((), V, tl.int32)
     if mode == _LIST:
         sure, beyond = _sum_of(partials_ptr, row, 0, CHUNKS, BLOCK_C), _sum_of(partials_ptr, row, 2, CHUNKS, BLOCK_C)
         score, token = _merge(scores_ptr, partials_ptr, row, 1, V, CHUNKS, BLOCK_C)
-    source = (list_x_ptr + row.to(tl.int64) * CAPACITY, list_ids_ptr + row.to(tl.int64) * CAPACITY, logits_ptr + row.to(tl.int64) * stride_lr,
-              tl.load(state + 6), is_row)
-    has_k = (top_k < V) & (is_row | (tl.load(state + 4) < _BINS))                  # else fewer tokens than top_k have a logit
-    cut = select(source, sure, beyond, tl.load(state + 5), has_k, top, temperature, top_p, min_p, typical_p, V, BLOCK, HAS_TYPICAL)
-    for start in range(0, source[3], BLOCK):
-        ids, x, z = tile_of(source, start, top, temperature, V, BLOCK)
+    if mode == _SHORT:
+        beyond = tl.load(partials_ptr + row * CHUNKS * 3)
+    lists = row.to(tl.int64) * CAPACITY
+    source = (list_x_ptr + lists, list_ids_ptr + lists, logits_ptr + row.to(tl.int64) * stride_lr, count, mode == _ROW)
+    cut = select(source, sure, beyond, k_left, has_k, top, temperature, top_p, min_p, typical_p, V, BLOCK, RANKED, HAS_TYPICAL)
+    for start in range(0, count, RANKED):                                          # a short list in one turn
+        ids, x, z = tile_of(source, start, top, temperature, V, RANKED)
         kept = kept_of(ids, x, z, cut, HAS_TYPICAL)
-        next_score, next_token = _best(_scores(x, ids, kept, temperature, seed, position), ids, V)
-        wins = (next_score > score) | ((next_score == score) & (next_token < token))
-        score, token = tl.where(wins, next_score, score), tl.where(wins, next_token, token)
+        score, token = better(score, token, *first_best(scores(x, ids, kept, temperature, seed, position), ids, V))
     tl.store(out_ptr + row, token)
     _put_cut(state, cut)
 
@@ -293,24 +320,29 @@ def probs_kernel(
     state_ptr,
     probs_ptr,         # [R, V]
     stride_lr, stride_pr,
-    V: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_C: tl.constexpr, HAS_TYPICAL: tl.constexpr, IS_SECOND: tl.constexpr,
+    V: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_C: tl.constexpr, HAS_TYPICAL: tl.constexpr,
+    IS_SECOND: tl.constexpr,
 ):
-    chunk, row = tl.program_id(0), tl.program_id(1)
-    state, ids = state_ptr + row * _STATE, chunk * CHUNK + tl.arange(0, CHUNK)
+    chunk, row = tl.program_id(0) % CHUNKS, tl.program_id(0) // CHUNKS
+    state = state_ptr + row * _STATE
     options = (temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, typical_p_ptr)
     temperature, _, _, min_p, _, _ = _options(row, options, V, HAS_TYPICAL)
-    is_live, top = tl.load(seq_lens_ptr + row) > 0, tl.load(state + 1).to(tl.float32, bitcast=True)
-    if is_live & (temperature > 0.0) & (tl.abs(top) < _INF):
-        x = clean(tl.load(logits_ptr + row.to(tl.int64) * stride_lr + ids, ids < V, other=-_INF))
-        z = scaled(x, top, temperature)
-        mean = tl.load(state + 9).to(tl.float32, bitcast=True)
-        cut = (tl.load(state + 7), tl.load(state + 8), min_p, mean, tl.load(state + 10), tl.load(state + 11))
-        mass = tl.where(kept_of(ids, x, z, cut, HAS_TYPICAL), mass_of(z), 0)
-    else:                                                                          # all on the token; nothing where there is none
-        mass = ((ids == tl.load(out_ptr + row)) & is_live).to(tl.int64)
+    is_live, top, token = tl.load(seq_lens_ptr + row) > 0, tl.load(state + 1).to(tl.float32, bitcast=True), tl.load(out_ptr + row)
+    is_drawn, mean = is_live & (temperature > 0.0) & (tl.abs(top) < _INF), tl.load(state + 9).to(tl.float32, bitcast=True)
+    cut = (tl.load(state + 7), tl.load(state + 8), min_p, mean, tl.load(state + 10), tl.load(state + 11))
+    total, sums = tl.full((), 1, tl.int64), tl.zeros((BLOCK,), tl.int64)
     if IS_SECOND:
         total = tl.maximum(_sum_of(partials_ptr, row, 0, CHUNKS, BLOCK_C), 1)
-        probs = (mass.to(tl.float64) / total.to(tl.float64)).to(tl.float32)
-        tl.store(probs_ptr + row.to(tl.int64) * stride_pr + ids, probs, ids < V)
-    else:
-        tl.store(partials_ptr + (row * CHUNKS + chunk) * 3, tl.sum(mass, 0))
+    for at in tl.range(chunk * CHUNK, chunk * CHUNK + CHUNK, BLOCK):
+        if is_drawn:
+            ids, x = _tile(logits_ptr, row, at, stride_lr, V, BLOCK)
+            z = scaled(x, top, temperature)
+            mass = tl.where(kept_of(ids, x, z, cut, HAS_TYPICAL), mass_of(z), 0)
+        else:                                                                      # all on the token; nothing where there is none
+            ids = at + tl.arange(0, BLOCK)
+            mass = ((ids == token) & is_live).to(tl.int64)
+        if IS_SECOND:
+            tl.store(probs_ptr + row.to(tl.int64) * stride_pr + ids, (mass.to(tl.float64) / total.to(tl.float64)).to(tl.float32), ids < V)
+        sums += mass
+    if not IS_SECOND:
+        tl.store(partials_ptr + (row * CHUNKS + chunk) * 3, tl.sum(sums, 0))

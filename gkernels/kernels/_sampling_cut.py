@@ -1,36 +1,14 @@
-"""How sampling finds where a kept prefix ends: bisection over a source, which is a list of tokens in no order, or a whole row."""
+"""How sampling finds where a kept prefix ends in a source, which is a list of tokens in no order, or a whole row: by the ranks of a short list, or
+by bisection."""
 
 import triton
 import triton.language as tl
 
+from ._sampling_tokens import clean, key_of, mass_of, scaled
+
 _INF = tl.constexpr(float("inf"))
+_COMPARED = tl.constexpr(16)                          # tokens with which all of a short list are compared at a time
 _LOWEST = tl.constexpr(-0x7F800001)                   # the key of -inf
-
-
-@triton.jit
-def clean(x):
-    """float32 without NaN, which counts as -inf, and without -0.0."""
-    x = x.to(tl.float32)
-    return tl.where(x == x, tl.where(x == 0.0, 0.0, x), -_INF)
-
-
-@triton.jit
-def key_of(x):
-    """int32 that orders as x does."""
-    bits = x.to(tl.int32, bitcast=True)
-    return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
-
-
-@triton.jit
-def scaled(x, top, temperature):
-    """z = (x - top) / temperature: 0 at the greatest, -inf at -inf. The temperature is kept from 0, so that 0 stays 0."""
-    return (x - top) * (1.0 / tl.maximum(temperature, 1e-30))
-
-
-@triton.jit
-def mass_of(z):
-    """exp(z) in units of 2^-32 of the greatest token's: integers, so that no order of summation can move the end of a prefix."""
-    return (tl.exp(z) * 4294967296.0 + 0.5).to(tl.int64)
 
 
 @triton.jit
@@ -39,8 +17,8 @@ def tile_of(source, start, top, temperature, V: tl.constexpr, BLOCK: tl.constexp
     list_x_ptr, list_ids_ptr, row_ptr, count, is_row = source
     offs = start + tl.arange(0, BLOCK)                                             # [BLOCK]
     is_listed = (offs < count) & (is_row == 0)
-    ids = tl.where(is_row, offs, tl.load(list_ids_ptr + offs, is_listed, other=V, cache_modifier=".cg"))
-    x = tl.load(list_x_ptr + offs, is_listed, other=-_INF, cache_modifier=".cg")
+    ids = tl.where(is_row, offs, tl.load(list_ids_ptr + offs, is_listed, other=V))
+    x = tl.load(list_x_ptr + offs, is_listed, other=-_INF)
     x = tl.where(is_row, clean(tl.load(row_ptr + offs, (offs < count) & is_row, other=-_INF)), x)
     return ids, x, scaled(x, top, temperature)
 
@@ -129,15 +107,42 @@ def _mean_of(source, top, temperature, cut, V: tl.constexpr, BLOCK: tl.constexpr
 
 
 @triton.jit
+def _number(ids, x):
+    """Key and id in one, the id counting down: a greater number is an earlier token. Pads have no logit, and are the last."""
+    return (key_of(x).to(tl.int64) << 32) | (0x7FFFFFFF - ids).to(tl.int64)
+
+
+@triton.jit
+def _cut_by_rank(source, sure, beyond, k_left, has_k, top, temperature, top_p, V: tl.constexpr, RANKED: tl.constexpr):
+    """(key, id) of the last token that top_k and top_p keep of a list of at most RANKED, each compared with each."""
+    ids, x, z = tile_of(source, 0, top, temperature, V, RANKED)
+    number, rank, before = _number(ids, x), tl.zeros((RANKED,), tl.int32), tl.zeros((RANKED,), tl.int64)                     # [RANKED]
+    for start in range(0, source[3], _COMPARED):
+        other_ids, other_x, other_z = tile_of(source, start, top, temperature, V, _COMPARED)
+        is_before = _number(other_ids, other_x)[None, :] > number[:, None]                                                   # [RANKED, _COMPARED]
+        rank += tl.sum(is_before.to(tl.int32), 1)
+        before += tl.sum(tl.where(is_before, mass_of(other_z)[None, :], 0), 1)     # all of them kept where this one is
+    kept = (x > -_INF) & ((rank < k_left) | (has_k == 0))
+    if top_p < 1.0:
+        total = sure + beyond + tl.sum(tl.where(kept, mass_of(z), 0), 0)
+        kept = kept & (before < tl.ceil(top_p.to(tl.float64) * total.to(tl.float64)).to(tl.int64) - sure)
+    last = tl.min(tl.where(kept, number, 0x7FFFFFFFFFFFFFFF), 0)                   # where nothing is kept, before all tokens
+    return (last >> 32).to(tl.int32), 0x7FFFFFFF - (last & 0x7FFFFFFF).to(tl.int32)
+
+
+@triton.jit
 def select(source, sure, beyond, k_left, has_k, top, temperature, top_p, min_p, typical_p, V: tl.constexpr, BLOCK: tl.constexpr,
-            HAS_TYPICAL: tl.constexpr):
+           RANKED: tl.constexpr, HAS_TYPICAL: tl.constexpr):
     """The cut of a row, from its source and what lies outside of it: the mass surely kept, and that which counts in the total only."""
     lowest, none = tl.full((), _LOWEST, tl.int32), tl.full((), -2**31, tl.int32)
     key, id = lowest, tl.full((), V, tl.int32)
     mean, typical_key, typical_id = tl.full((), 0.0, tl.float32), none, tl.full((), V, tl.int32)
-    if has_k:
+    is_ranked = source[3] <= RANKED
+    if is_ranked & (has_k | (top_p < 1.0)):
+        key, id = _cut_by_rank(source, sure, beyond, k_left, has_k, top, temperature, top_p, V, RANKED)
+    if has_k & (is_ranked == 0):
         key, id = _cut_at(source, k_left.to(tl.int64), top, temperature, (key, id, 0.0, mean), V, BLOCK, False, False)
-    if top_p < 1.0:
+    if (top_p < 1.0) & (is_ranked == 0):
         total = sure + beyond + _sum_from(source, none, top, temperature, (key, id, 0.0, mean), V, BLOCK, True, False)
         need = tl.ceil(top_p.to(tl.float64) * total.to(tl.float64)).to(tl.int64) - sure
         key, id = _cut_at(source, need, top, temperature, (key, id, 0.0, mean), V, BLOCK, True, False)

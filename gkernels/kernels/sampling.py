@@ -23,27 +23,37 @@ import triton
 
 from . import _check
 from ._sampling import BAD_OPTION as BAD_OPTION
-from ._sampling import BINS, STATE, count_kernel, draw_kernel, first_kernel, probs_kernel, select_kernel
+from ._sampling import BINS, GROUP, STATE, count_kernel, draw_kernel, first_kernel, probs_kernel, select_kernel
 from ._sampling import NO_TOKEN as NO_TOKEN
 
+MULTIPROCESSORS = 132                                 # of an H100 or H200
+LEAST_CHUNK = 1024                                    # tokens
 MAX_V = 262144                                        # masses of 2^32 each then sum below 2^53, exact in float64
 
 
 @dataclass(frozen=True)
 class Config:
-    CHUNK: int               # tokens a program reads
+    CHUNK: int               # tokens of a program, a power of two
+    BLOCK: int               # of them it takes at a time
     CAPACITY: int            # tokens that a row's list holds
-    BLOCK: int               # of them a program takes at a time
     num_warps: int
 
     def chunks(self, V: int) -> int:
         return triton.cdiv(V, self.CHUNK)
 
+    @property
+    def RANKED(self) -> int:
+        """Lists up to this length are ranked, each token against each; longer ones are bisected, some 100 reads of them."""
+        return min(self.CAPACITY, 256)
 
-def config(V: int) -> Config:
-    """At most 8 elements a thread: 16 spill in the draw, where 64-bit random numbers and scores take half of the registers. The bins want 4 warps."""
-    chunk = min(max(triton.next_power_of_2(V), 128), 2048)
-    return Config(chunk, min(triton.next_power_of_2(V), 4096), min(chunk, 1024), max(chunk // 256, 4))
+
+def config(R: int, V: int) -> Config:
+    """A row has as many programs as give the device 2 a multiprocessor, and short ones where rows are few. At most 8 elements a thread: 16 spill in
+    the draw, where 64-bit random numbers and scores take half of the registers. The bins want 4 warps."""
+    enough = triton.next_power_of_2(triton.cdiv(V, triton.cdiv(2 * MULTIPROCESSORS, max(R, 1))))
+    chunk = min(max(enough, LEAST_CHUNK), max(triton.next_power_of_2(V), 128))
+    block = min(chunk, 2048)
+    return Config(chunk, block, min(triton.next_power_of_2(V), 4096), max(block // 256, 4))
 
 
 @dataclass(frozen=True)
@@ -56,13 +66,20 @@ class Workspace:
     state: torch.Tensor       # int32 [R, STATE]
     list_x: torch.Tensor      # float32 [R, CAPACITY]
     list_ids: torch.Tensor    # int32 [R, CAPACITY]
+    groups: torch.Tensor      # int32 [R, 2, groups of tokens]
 
     @classmethod
     def allocate(cls, R: int, V: int, device: torch.device | str) -> Workspace:
-        c = config(V)
-        make = lambda *shape, dtype: torch.zeros(R, *shape, dtype=dtype, device=device)
-        return cls(make(c.chunks(V), 2, dtype=torch.float64), make(c.chunks(V), 3, dtype=torch.int64), make(BINS + 3, dtype=torch.int32),
-                   make(STATE, dtype=torch.int32), make(c.CAPACITY, dtype=torch.float32), make(c.CAPACITY, dtype=torch.int32))
+        make = lambda shape, dtype: torch.zeros(R, *shape, dtype=dtype, device=device)
+        return cls(*(make(*what) for what in cls.fields(V).values()))
+
+    @staticmethod
+    def fields(V: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Shape of a row and dtype of each field: enough for any number of rows."""
+        c = config(1, V)
+        return dict(scores=((c.chunks(V), 2), torch.float64), partials=((c.chunks(V), 3), torch.int64), counts=((BINS + 3,), torch.int32),
+                    state=((STATE,), torch.int32), list_x=((c.CAPACITY,), torch.float32), list_ids=((c.CAPACITY,), torch.int32),
+                    groups=((2, triton.cdiv(V, GROUP)), torch.int32))
 
 
 def check_options(temperature: float, top_k: int, top_p: float, min_p: float, vocab_size: int, typical_p: float = 1.0) -> None:
@@ -89,7 +106,7 @@ def sample_out(logits: torch.Tensor, temperature: torch.Tensor, top_k: torch.Ten
     """Writes one token a row to `out`, ors flags into `status`, and where `probs` is given writes to it what the tokens were drawn from: the kept
     tokens' probabilities, 1 at a greedy token, zeros where there is no token. Shapes: see the module. Raises ValueError or TypeError on a misfit."""
     op, (R, V) = "sample", _check_logits(logits)
-    c, device = config(V), logits.device
+    c, device = config(R, V), logits.device
     for name, t, dtype in (("temperature", temperature, torch.float32), ("top_k", top_k, torch.int32), ("top_p", top_p, torch.float32),
                            ("min_p", min_p, torch.float32), ("seed", seed, torch.int64),
                            ("position", position, torch.int32), ("seq_lens", seq_lens, torch.int32), ("status", status, torch.int32),
@@ -97,10 +114,7 @@ def sample_out(logits: torch.Tensor, temperature: torch.Tensor, top_k: torch.Ten
         _check.tensor(op, name, t, (R,), (dtype,), device, aligned=False)
     if typical_p is not None:
         _check.tensor(op, "typical_p", typical_p, (R,), (torch.float32,), device, aligned=False)
-    chunks = c.chunks(V)
-    for name, shape, dtype in (("scores", (chunks, 2), torch.float64), ("partials", (chunks, 3), torch.int64), ("counts", (BINS + 3,), torch.int32),
-                               ("state", (STATE,), torch.int32), ("list_x", (c.CAPACITY,), torch.float32),
-                               ("list_ids", (c.CAPACITY,), torch.int32)):
+    for name, (shape, dtype) in Workspace.fields(V).items():
         t = getattr(workspace, name)
         _check.tensor(op, f"workspace.{name}", t, (None, *shape), (dtype,), device, dense=1 + len(shape))
         _check.require(t.shape[0] >= R, op, f"workspace.{name}", f"{t.shape[0]} rows", f"at least the {R} of logits")
@@ -109,21 +123,21 @@ def sample_out(logits: torch.Tensor, temperature: torch.Tensor, top_k: torch.Ten
     if R == 0:
         return
     w, options, stride = workspace, (temperature, top_k, top_p, min_p, typical_p), logits.stride(0)
-    cut = dict(V=V, CHUNK=c.CHUNK, CHUNKS=chunks, HAS_TYPICAL=typical_p is not None, num_warps=c.num_warps)
-    BLOCK_C = triton.next_power_of_2(chunks)
-    first_kernel[(chunks, R)](logits, *options, seed, position, seq_lens, status, out, w.scores, w.partials, w.counts, w.state, stride,
-                              BLOCK_C=BLOCK_C, **cut)
-    count_kernel[(chunks, R)](logits, *options, w.partials, w.counts, w.state, stride, BLOCK_C=BLOCK_C, CAPACITY=c.CAPACITY,
-                              **cut, **_check.registers(128))
-    draw_kernel[(chunks, R)](logits, *options, seed, position, w.scores, w.partials, w.counts, w.state, w.list_x, w.list_ids, stride,
-                             CAPACITY=c.CAPACITY, **cut)
+    chunks, groups = c.chunks(V), triton.cdiv(V, GROUP)
+    cut = dict(V=V, CHUNKS=chunks, BLOCK=c.BLOCK, HAS_TYPICAL=typical_p is not None, num_warps=c.num_warps)
+    passes, merged, lists = cut | dict(CHUNK=c.CHUNK), dict(BLOCK_C=triton.next_power_of_2(chunks)), dict(CAPACITY=c.CAPACITY)
+    first_kernel[(chunks * R,)](logits, *options, seed, position, seq_lens, status, out, w.scores, w.partials, w.counts, w.state, w.groups, w.list_x,
+                                w.list_ids, stride, GROUPS=groups, BLOCK_G=triton.next_power_of_2(groups), **passes, **merged, **lists,
+                                **_check.registers(128))
+    count_kernel[(chunks * R,)](logits, *options, w.partials, w.counts, w.state, stride, **passes, **merged, **lists, **_check.registers(128))
+    draw_kernel[(chunks * R,)](logits, *options, seed, position, w.scores, w.partials, w.counts, w.state, w.list_x, w.list_ids, stride,
+                               **passes, **lists, **_check.registers(128))
     select_kernel[(R,)](logits, *options, seed, position, out, w.scores, w.partials, w.counts, w.state, w.list_x, w.list_ids, stride,
-                        V=V, CHUNKS=chunks, BLOCK_C=BLOCK_C, CAPACITY=c.CAPACITY, BLOCK=c.BLOCK, HAS_TYPICAL=typical_p is not None,
-                        num_warps=c.num_warps, **_check.registers(128))
+                        RANKED=c.RANKED, **cut, **merged, **lists)
     if probs is not None:
         for is_second in (False, True):
-            probs_kernel[(chunks, R)](logits, *options, seq_lens, out, w.partials, w.state, probs, stride, probs.stride(0),
-                                      BLOCK_C=BLOCK_C, IS_SECOND=is_second, **cut)
+            probs_kernel[(chunks * R,)](logits, *options, seq_lens, out, w.partials, w.state, probs, stride, probs.stride(0),
+                                        IS_SECOND=is_second, **passes, **merged)
 
 
 def sample(logits: torch.Tensor, temperature: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, min_p: torch.Tensor,
