@@ -47,7 +47,7 @@ def cuda(monkeypatch):
 
     modes = ["default"]
     for name, here in dict(graph=graph, get_sync_debug_mode=lambda: modes[-1], set_sync_debug_mode=modes.append,
-                           mem_get_info=lambda: (0, fake.held.pop(0))).items():
+                           memory_reserved=lambda: fake.held.pop(0)).items():
         monkeypatch.setattr(torch.cuda, name, here)
     monkeypatch.setattr(Graph, "raw_cuda_graph", lambda self: self.tape, raising=False)
     monkeypatch.setattr(captures, "read_nodes", lambda tape: list(nodes_of(tape)))

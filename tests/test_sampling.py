@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import reference.sampling as twin
-from gkernels.kernels import _noise
+from gkernels.kernels import _noise, _sampling
 from gkernels.kernels import sampling as room
 from tests.close import CHI_SQUARE_BOUND, NEAR, assert_close, assert_same
 from tests.strategies import dtypes, far, poisons, randn, seeds, strided
@@ -124,9 +124,31 @@ def test_kept_set_is_the_sorts(device, monkeypatch, seed, kind, V, temperature, 
 @pytest.mark.parametrize("spread", [0.01, 2.0, 300.0])
 def test_kept_set_is_the_sorts_at_any_scale(device, temperature, spread):
     """Bins at their edges: a wide vocabulary of small and of large logits, cut where many are near."""
-    logits = randn(int(spread), 4, 6000, device=device) * spread
-    arguments = batch(logits, temperature=temperature, top_k=[0, 700, 3000, 0], top_p=[0.9, 1.0, 0.97, 0.5])
+    logits = randn(int(spread), 5, 6000, device=device) * spread
+    arguments = batch(logits, temperature=temperature, top_k=[0, 700, 3000, 0, 40], top_p=[0.9, 1.0, 0.97, 0.5, 0.8])
     check_kept(probs_by_kernel(arguments), arguments, is_exact=False)
+
+
+@pytest.mark.parametrize("options, mode", [
+    (dict(top_k=40), _sampling.SHORT), (dict(top_k=40, top_p=0.9, min_p=0.1), _sampling.SHORT), (dict(top_p=0.6), _sampling.SHORT),
+    (dict(top_k=400), _sampling.LIST), (dict(top_p=0.9999), _sampling.LIST), (dict(min_p=0.1), _sampling.LIST),
+    (dict(top_k=40, typical_p=0.9), _sampling.LIST), (dict(), _sampling.DONE)], ids=str)
+@pytest.mark.parametrize("kind", ["normal", "ties"])
+def test_rows_that_keep_few_tokens_go_the_short_way(device, kind, options, mode):
+    """What `first` leaves for `select`; where thousands of logits are equal and top_p keeps them all, the short way must not be taken."""
+    arguments, workspace = batch(draw_logits(3, kind, 2, 6000, torch.float32, device), **options), room.Workspace.allocate(2, 6000, device)
+    out = torch.empty(2, dtype=torch.int32, device=device)
+    room.sample_out(**arguments, workspace=workspace, out=out)
+    assert workspace.state[:, 0].tolist() == [mode] * 2 and not workspace.counts.any()
+    check_equals_reference(room.sample, arguments)
+
+
+def test_many_equal_logits_fit_no_list(device):
+    """Every group reaches the bound: the row is counted, and then read whole."""
+    arguments, workspace = batch(torch.zeros(1, 6000, device=device), top_k=40), room.Workspace.allocate(1, 6000, device)
+    out = torch.empty(1, dtype=torch.int32, device=device)
+    room.sample_out(**arguments, workspace=workspace, out=out)
+    assert workspace.state[:, 0].tolist() == [_sampling.ROW] and 0 <= out[0] < 40
 
 
 @given(seeds, st.integers(1, 70), top_ks, st.sampled_from([1.0, 0.75, 0.5, 0.25, 0.1]), st.sampled_from([1.0, 0.5]))

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from .examination import Examination
 
 AGAIN = 6               # captures of one case, each dropped before the next
-GROWTH = 1 << 20        # bytes: what captures behind the third may add to what the process holds
+GROWTH = 1 << 20        # bytes: what captures behind the third may add to what torch's pools hold
 
 
 @dataclass
@@ -173,8 +173,7 @@ class Captures:
                 return
             gc.collect()
             torch.cuda.empty_cache()
-            free, total = torch.cuda.mem_get_info()
-            held.append(total - free)
+            held.append(torch.cuda.memory_reserved())                   # of this process alone: others may share the device
         if held[-1] - held[2] > GROWTH:
             self.report.add("pool-growth", self.examination.home, f"{AGAIN - 3} captures, each dropped, leave {held[-1] - held[2]} more bytes held")
         self.examination.prove(f"{AGAIN} captures of one case leave no memory behind", {"pool-growth"})

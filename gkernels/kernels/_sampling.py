@@ -17,7 +17,7 @@ import triton.language as tl
 
 from ._arrive import arrive
 from ._sampling_cut import kept_of, select, tile_of
-from ._sampling_short import GROUP, list_kept
+from ._sampling_short import GROUP, SHORT_K, list_kept
 from ._sampling_tokens import better, clean, first_best, key_of, mass_of, may_beat, scaled, scores
 
 NO_TOKEN, BAD_OPTION = 4, 8
@@ -29,7 +29,7 @@ _LOWEST = tl.constexpr(-0x7F800001)                   # the key of -inf
 _LINEAR = tl.constexpr(768)                           # bins up to z = -16, 48 a unit; the others 16 an octave, up to z = -2^20
 _NO_TOKEN, _BAD_OPTION, _BINS, _STATE = tl.constexpr(NO_TOKEN), tl.constexpr(BAD_OPTION), tl.constexpr(BINS), tl.constexpr(STATE)
 _DONE, _COUNT, _LIST, _ROW, _SHORT = (tl.constexpr(mode) for mode in (DONE, COUNT, LIST, ROW, SHORT))
-_GROUP = tl.constexpr(GROUP)
+_GROUP, _SHORT_K = tl.constexpr(GROUP), tl.constexpr(SHORT_K)
 
 
 @triton.jit
@@ -117,7 +117,8 @@ def first_kernel(
         return
     options = (temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, typical_p_ptr)
     temperature, top_k, top_p, min_p, typical_p, good = _options(row, options, V, HAS_TYPICAL)
-    cuts, is_short = (top_k < V) | (top_p < 1.0) | (typical_p < 1.0), ((top_k <= GROUPS // 4) | ((top_k == V) & (top_p < 1.0))) & (typical_p == 1.0)
+    cuts, keeps_few = (top_k < V) | (top_p < 1.0) | (typical_p < 1.0), (top_k <= _SHORT_K) & (top_k <= GROUPS // 4)
+    is_short = (keeps_few | ((top_k == V) & (top_p < 1.0))) & (typical_p == 1.0)
     draws_here = (temperature > 0.0) & (cuts == 0) & (min_p == 0.0)
     seed, position = tl.load(seed_ptr + row), tl.load(position_ptr + row)
     tops, at_group = tl.full((BLOCK // _GROUP,), -_INF, tl.float32), tl.full((BLOCK // _GROUP,), 0, tl.int32)
@@ -220,6 +221,7 @@ def count_kernel(
     tl.store(partials_ptr + (row * CHUNKS + chunk) * 3, tl.sum(mass, 0))
     if arrive(counts_ptr + _BINS + 1, CHUNKS):
         counts = tl.load(counts_ptr + bins, cache_modifier=".cg")
+        tl.debug_barrier()                                                         # the threads that clear bins are not those that read them
         tl.store(counts_ptr + bins, tl.zeros((_BINS,), tl.int32))
         total = _sum_of(partials_ptr, row, 0, CHUNKS, BLOCK_C).to(tl.float32) * 2.3283064365386963e-10
         # Where top_k is off, more than there are, so that no bin is its end
