@@ -32,7 +32,7 @@ from .kernels.advance import ERROR, LENGTH, STOP, State
 from .kernels.attention import Workspace
 from .kernels.attention import tiling as attention_tiling
 from .kernels.expand import Rows
-from .kernels.linear_quantized import pack_awq, pack_gptq
+from .kernels.linear_quantized import check_fp8, pack_awq, pack_gptq
 from .kernels.logprobs import Logprobs
 from .kernels.logprobs import Workspace as LogprobsWorkspace
 from .kernels.ngram import Workspace as NgramWorkspace
@@ -99,6 +99,14 @@ linear_fp8_out = _register(
 linear_int4_out = _register(
     "linear_int4_out(Tensor x, Tensor weight, Tensor scales, Tensor(a!) out, Tensor? bias=None, Tensor? num_tokens=None) -> ()",
     _linear_quantized.linear_int4_out)
+linear_fp8 = _register(
+    "linear_fp8(Tensor x, Tensor weight, Tensor scale, Tensor? bias=None, Tensor? num_tokens=None, ScalarType? dtype=None) -> Tensor",
+    _linear_quantized.linear_fp8,
+    lambda x, weight, scale, bias=None, num_tokens=None, dtype=None: x.new_empty(x.shape[0], weight.shape[0], dtype=dtype or x.dtype))
+linear_int4 = _register(
+    "linear_int4(Tensor x, Tensor weight, Tensor scales, Tensor? bias=None, Tensor? num_tokens=None, ScalarType? dtype=None) -> Tensor",
+    _linear_quantized.linear_int4,
+    lambda x, weight, scales, bias=None, num_tokens=None, dtype=None: x.new_empty(x.shape[0], weight.shape[0], dtype=dtype or x.dtype))
 embedding_out = _register(
     "embedding_out(Tensor ids, Tensor weight, Tensor(a!) out, Tensor? num_tokens=None, int? padding_index=None) -> ()",
     _embedding.embedding_out)
@@ -317,7 +325,7 @@ def attention_out(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor,
 __all__ = ["BAD_LENGTH", "BAD_OPTION", "BAD_PAGE", "ERROR", "LENGTH", "MAX_R", "NO_TOKEN", "STOP", "Adjustments", "Logprobs", "LogprobsWorkspace",
            "NgramWorkspace", "Probabilities", "Rows", "SamplingWorkspace", "Schedule", "State", "Tiling", "VerifyWorkspace", "Workspace",
            "add_rmsnorm", "add_rmsnorm_out", "adjust_", "adjust_out", "advance", "attention", "attention_out", "attention_tiling",
-           "check_adjustments", "check_options", "cos_sin_table", "embedding", "embedding_out", "expand_out", "kv_write", "linear", "linear_fp8_out",
-           "linear_int4_out", "linear_out", "logprobs_out", "merge", "merge_out", "ngram_out", "pack_awq", "pack_gptq", "rmsnorm", "rmsnorm_out",
-           "rotary", "rotary_kv_write", "rotary_out", "sample", "sample_out", "schedule", "schedule_out", "silu_and_mul", "silu_and_mul_out",
-           "verify_out"]
+           "check_adjustments", "check_fp8", "check_options", "cos_sin_table", "embedding", "embedding_out", "expand_out", "kv_write", "linear",
+           "linear_fp8", "linear_fp8_out", "linear_int4", "linear_int4_out", "linear_out", "logprobs_out", "merge", "merge_out", "ngram_out",
+           "pack_awq", "pack_gptq", "rmsnorm", "rmsnorm_out", "rotary", "rotary_kv_write", "rotary_out", "sample", "sample_out", "schedule",
+           "schedule_out", "silu_and_mul", "silu_and_mul_out", "verify_out"]

@@ -168,6 +168,8 @@ CASES = {   # case: the inputs -> the positional and the keyword arguments of th
     "verify_out drawn": lambda x: (judged(x), believed(x)),
     "logprobs_out": lambda x: (ranked(x), {}),
     "linear_fp8_out": lambda x: ((x.x, x.head.to(torch.float8_e4m3fn), x.bias.abs(), x.out(T, V), x.bias, x.n), {}),
+    "linear_fp8": lambda x: ((x.x, x.head.to(torch.float8_e4m3fn), x.bias.abs(), x.bias, x.n), {}),
+    "linear_int4": lambda x: (packed(x)[:3], dict(num_tokens=x.n)),
     "linear_int4_out": lambda x: (packed(x), dict(num_tokens=x.n)),
     "schedule_out": lambda x: ((x.query_start_loc, x.seq_lens, x.table, PAGE, BATCH.N, INTS, *vars(x.plan).values()), {}),
 }

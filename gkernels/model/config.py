@@ -1,7 +1,7 @@
 """LlamaConfig: what the model takes from a Hugging Face config.json and generation_config.json, checked before anything is allocated.
 
 Reads the layouts of transformers v4 (torch_dtype, rope_theta, rope_scaling) and v5 (dtype, rope_parameters) of the ARCHITECTURES below.
-What it does not know (sliding windows, quantisation, other activations or rope types) is a ValueError naming the file, the key, what came
+What it does not know (sliding windows, other quantisations, activations or rope types) is a ValueError naming the file, the key, what came
 and what was expected; nothing is guessed except where transformers has a default.
 """
 
@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+
+from .quantized import Scheme
 
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -43,6 +45,7 @@ class LlamaConfig:
     eos_token_ids: tuple[int, ...]
     bos_token_id: int | None
     dtype: torch.dtype
+    quantization: Scheme | None = None      # of the layers' projections
 
     @classmethod
     def from_dir(cls, path: str | Path) -> LlamaConfig:
@@ -60,8 +63,8 @@ class LlamaConfig:
         c.require(architecture in ARCHITECTURES, "architectures", named, f"a list of one of {', '.join(ARCHITECTURES)}")
         llama, qwen2, qwen3 = (architecture == f"{name}ForCausalLM" for name in ("Llama", "Qwen2", "Qwen3"))
         c.require(config.get("hidden_act", "silu") == "silu", "hidden_act", config.get("hidden_act"), "'silu'")
-        c.require(config.get("quantization_config") is None, "quantization_config", config.get("quantization_config"),
-                  "none: quantised weights are not supported; convert the checkpoint to bfloat16")
+        quantized = config.get("quantization_config")
+        quantization = None if quantized is None else Scheme.from_keys(_Keys("config.json: quantization_config", quantized))
         hidden, heads = c.integer("hidden_size", 1, 16384), c.integer("num_attention_heads", 1, 1024)
         kv_heads = c.integer("num_key_value_heads", 1, 1024, default=heads)
         c.require(heads % kv_heads == 0 and heads <= 16 * kv_heads, "num_key_value_heads", kv_heads,
@@ -94,7 +97,7 @@ class LlamaConfig:
             mlp_bias=c.boolean("mlp_bias", False) and llama, qk_norm=qwen3, tie_word_embeddings=c.boolean("tie_word_embeddings", False),
             eos_token_ids=tuple(dict.fromkeys(g.ids("eos_token_id", vocab) + c.ids("eos_token_id", vocab))),
             bos_token_id=next(iter(g.ids("bos_token_id", vocab) + c.ids("bos_token_id", vocab)), None),
-            dtype=DTYPES[dtype.removeprefix("torch.")])
+            dtype=DTYPES[dtype.removeprefix("torch.")], quantization=quantization)
 
 
 class _Keys:

@@ -13,6 +13,7 @@ from .. import ops
 from .cache import PagedCache
 from .config import LlamaConfig
 from .load import LayerWeights, Weights
+from .quantized import product
 
 
 @dataclass
@@ -49,15 +50,15 @@ class Llama:
                k_cache: torch.Tensor, v_cache: torch.Tensor) -> torch.Tensor:
         c, T = self.config, x.shape[0]
         H, K, D = c.num_heads, c.num_kv_heads, c.head_dim
-        qkv = ops.linear(x, layer.qkv, layer.qkv_bias, plan.num_tokens).view(T, H + 2 * K, D)
+        qkv = product(x, layer.qkv, layer.qkv_bias, plan.num_tokens).view(T, H + 2 * K, D)
         q, k, v = qkv.split([H, K, K], dim=1)
         rotated = torch.empty(T, H, D, dtype=x.dtype, device=x.device)
         ops.rotary_kv_write(q, k, v, plan.positions, self.cos_sin, plan.slot_mapping, k_cache, v_cache, rotated,
                             q_norm=layer.q_norm, k_norm=layer.k_norm, eps=c.rms_norm_eps, num_tokens=plan.num_tokens)
         attended = torch.empty_like(rotated)
         ops.attention_out(rotated, k_cache, v_cache, block_table, plan.work, workspace, attended)
-        return ops.linear(attended.view(T, H * D), layer.o, layer.o_bias, plan.num_tokens)
+        return product(attended.view(T, H * D), layer.o, layer.o_bias, plan.num_tokens)
 
     def feed_forward(self, x: torch.Tensor, layer: LayerWeights, num_tokens: torch.Tensor) -> torch.Tensor:
-        gate_up = ops.linear(x, layer.gate_up, layer.gate_up_bias, num_tokens)
-        return ops.linear(ops.silu_and_mul(gate_up, num_tokens), layer.down, layer.down_bias, num_tokens)
+        gate_up = product(x, layer.gate_up, layer.gate_up_bias, num_tokens)
+        return product(ops.silu_and_mul(gate_up, num_tokens), layer.down, layer.down_bias, num_tokens)

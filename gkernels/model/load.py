@@ -2,14 +2,14 @@
 
 The fused tensors are allocated once; every tensor of the checkpoint is copied into its rows of them, shard by shard. Names, shapes and
 dtypes of all shards are checked against the configuration before anything is allocated, and every value must be finite in the dtype it
-is kept in. Only safetensors are read: a pickle runs whatever code it holds.
+is kept in. Quantised projections are fused as soon as their last part is read. Only safetensors are read: a pickle runs whatever code it holds.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -17,21 +17,23 @@ import torch
 from ..progress import progress
 from . import optional
 from .config import LlamaConfig, read_json
+from .quantized import Quantized, Scheme, fuse
 
 FLOATS = ("F16", "BF16", "F32", "F64")
 PICKLES = (".bin", ".pt", ".pth", ".pkl")
-IGNORED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")   # a buffer that checkpoints of 2023 carry
+# A buffer that checkpoints of 2023 carry; scales of quantised activations and caches
+IGNORED = re.compile(r"model\.layers\.\d+\.(self_attn\.rotary_emb\.inv_freq|.*\.(input_scale|k_scale|v_scale))")
 SHARD = re.compile(r"[\w-][\w.-]*\.safetensors")
 
 
 @dataclass
 class LayerWeights:
     input_norm: torch.Tensor                # [hidden]
-    qkv: torch.Tensor                       # [(H + 2K) * D, hidden]: the rows of q, then k, then v
-    o: torch.Tensor                         # [hidden, H * D]
+    qkv: torch.Tensor | Quantized           # [(H + 2K) * D, hidden]: the rows of q, then k, then v
+    o: torch.Tensor | Quantized             # [hidden, H * D]
     post_norm: torch.Tensor                 # [hidden], between attention and MLP
-    gate_up: torch.Tensor                   # [2F, hidden]: the rows of gate, then up
-    down: torch.Tensor                      # [hidden, F]
+    gate_up: torch.Tensor | Quantized       # [2F, hidden]: the rows of gate, then up
+    down: torch.Tensor | Quantized          # [hidden, F]
     qkv_bias: torch.Tensor | None = None    # [(H + 2K) * D]
     o_bias: torch.Tensor | None = None      # [hidden]
     gate_up_bias: torch.Tensor | None = None  # [2F]
@@ -48,27 +50,32 @@ class Weights:
     lm_head: torch.Tensor                   # [V, hidden]; the tensor `embed` itself when tied
 
 
+def _projections(c: LlamaConfig) -> dict[str, dict[str, tuple[int, int]]]:
+    """Field of LayerWeights -> {name of a weight inside the layer: shape}, in the order of their rows in the fused tensor."""
+    q, kv, F, hidden = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim, c.intermediate_size, c.hidden_size
+    return {"qkv": {f"self_attn.{x}_proj.weight": (rows, hidden) for x, rows in (("q", q), ("k", kv), ("v", kv))},
+            "o": {"self_attn.o_proj.weight": (hidden, q)},
+            "gate_up": {f"mlp.{x}_proj.weight": (F, hidden) for x in ("gate", "up")},
+            "down": {"mlp.down_proj.weight": (hidden, F)}}
+
+
 def _layer_parts(c: LlamaConfig) -> dict[str, dict[str, tuple[int, ...]]]:
-    """Field of LayerWeights -> {name inside the layer: shape}, in the order of their rows in the fused tensor."""
-    q, kv, F = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim, c.intermediate_size
-    projections = {"qkv": ("self_attn", {"q_proj": (q, c.hidden_size), "k_proj": (kv, c.hidden_size), "v_proj": (kv, c.hidden_size)}),
-                   "o": ("self_attn", {"o_proj": (c.hidden_size, q)}),
-                   "gate_up": ("mlp", {"gate_proj": (F, c.hidden_size), "up_proj": (F, c.hidden_size)}),
-                   "down": ("mlp", {"down_proj": (c.hidden_size, F)})}
+    """The same for every field whose parts are copied: all but quantised projections."""
     has_bias = {"qkv": c.attention_bias, "o": c.attention_out_bias, "gate_up": c.mlp_bias, "down": c.mlp_bias}
     parts: dict[str, dict[str, tuple[int, ...]]] = {"input_norm": {"input_layernorm.weight": (c.hidden_size,)},
                                                     "post_norm": {"post_attention_layernorm.weight": (c.hidden_size,)}}
-    for field, (module, shapes) in projections.items():
-        parts[field] = {f"{module}.{name}.weight": shape for name, shape in shapes.items()}
+    for field, projections in _projections(c).items():
+        if c.quantization is None:
+            parts[field] = {**projections}
         if has_bias[field]:
-            parts[f"{field}_bias"] = {f"{module}.{name}.bias": shape[:1] for name, shape in shapes.items()}
+            parts[f"{field}_bias"] = {f"{name.removesuffix('weight')}bias": shape[:1] for name, shape in projections.items()}
     if c.qk_norm:
         parts |= {f"{x}_norm": {f"self_attn.{x}_norm.weight": (c.head_dim,)} for x in "qk"}
     return parts
 
 
 def shapes(config: LlamaConfig, tied: bool) -> dict[str, tuple[int, ...]]:
-    """Checkpoint name -> shape of every tensor of the model."""
+    """Checkpoint name -> shape of every tensor that is copied."""
     table = (config.vocab_size, config.hidden_size)
     names: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": table, "model.norm.weight": (config.hidden_size,)}
     if not tied:
@@ -78,12 +85,34 @@ def shapes(config: LlamaConfig, tied: bool) -> dict[str, tuple[int, ...]]:
     return names
 
 
+def stored(config: LlamaConfig, tied: bool) -> dict[str, tuple[tuple[int, ...] | None, tuple[str, ...]]]:
+    """Checkpoint name -> shape, None for any, and safetensors' dtypes of every tensor that stands for the model."""
+    tensors: dict[str, tuple[tuple[int, ...] | None, tuple[str, ...]]] = {name: (shape, FLOATS) for name, shape in shapes(config, tied).items()}
+    for parts in _quantized_parts(config).values():
+        for part in parts:
+            tensors |= part
+    return tensors
+
+
+def _quantized_parts(c: LlamaConfig) -> dict[tuple[int, str], list[dict[str, tuple]]]:
+    """(layer, field) -> for each part of the fused weight what `Scheme.stored` says of it; empty where nothing is quantised."""
+    if c.quantization is None:
+        return {}
+    return {(i, field): [c.quantization.stored(f"model.layers.{i}.{name}", shape) for name, shape in projections.items()]
+            for i in range(c.num_layers) for field, projections in _projections(c).items()}
+
+
 def empty_weights(config: LlamaConfig, device: torch.device | str, dtype: torch.dtype, tied: bool) -> Weights:
     def new(*shape):
         return torch.empty(shape, dtype=dtype, device=device)
 
-    layers = [LayerWeights(**{field: new(sum(shape[0] for shape in part.values()), *next(iter(part.values()))[1:])
-                              for field, part in _layer_parts(config).items()}) for _ in range(config.num_layers)]
+    def layer():
+        fields = dict.fromkeys(_projections(config))                               # quantised ones come whole, once they are read
+        for field, part in _layer_parts(config).items():
+            fields[field] = new(sum(shape[0] for shape in part.values()), *next(iter(part.values()))[1:])
+        return LayerWeights(**fields)
+
+    layers = [layer() for _ in range(config.num_layers)]
     embed = new(config.vocab_size, config.hidden_size)
     return Weights(embed, layers, new(config.hidden_size), embed if tied else new(config.vocab_size, config.hidden_size))
 
@@ -108,16 +137,32 @@ def load_weights(path: str | Path, config: LlamaConfig, device: torch.device | s
     shards = _shards(folder)
     found = _scan(folder, shards)
     tied = config.tie_word_embeddings
-    _check_names(folder, found, shapes(config, tied=False), tied)
+    _check_names(folder, found, stored(config, tied=False), tied)
     weights = empty_weights(config, device, dtype, tied)
-    targets = views(weights, config)
+    targets, waiting, scheme = views(weights, config), _quantized_parts(config), config.quantization
+    read: dict[str, torch.Tensor] = {}
     for shard in progress(shards, desc="load weights", unit="shard"):
         with _open(shard, device) as tensors:
+            read |= {name: tensors.get_tensor(name) for parts in waiting.values() for part in parts for name in part.keys() & tensors.keys()}
+            for (layer, field), parts in list(waiting.items()):
+                if scheme and all(name in read for part in parts for name in part):
+                    setattr(weights.layers[layer], field, _fused(folder, scheme, parts, read))
+                    del waiting[layer, field]
             for name in sorted(targets.keys() & tensors.keys()):
                 targets[name].copy_(tensors.get_tensor(name))
                 if not targets[name].isfinite().all():
                     raise ValueError(f"gkernels.model: {shard}: {name}: got NaN or infinity, expected values that are finite in {dtype}")
     return weights
+
+
+def _fused(folder: Path, scheme: Scheme, parts: list[dict[str, tuple]], read: dict[str, torch.Tensor]) -> Quantized:
+    """One weight of its parts, which leave `read`."""
+    names = [name for part in parts for name in part]
+    tensors = [{name.rpartition(".")[2]: read.pop(name) for name in part} for part in parts]
+    try:
+        return fuse(scheme, tensors)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"gkernels.model: {folder}: {', '.join(names)}: {error}") from error
 
 
 def _shards(folder: Path) -> list[Path]:
@@ -171,19 +216,21 @@ def _check_names(folder, found, expected, tied):
         raise ValueError(f"gkernels.model: {folder}: the tensors are not those of config.json: missing {listed(missing)}, "
                          f"unexpected {listed(unexpected)}" + ("; a checkpoint whose lm_head is its embedding says "
                                                                "tie_word_embeddings: true" if missing == ["lm_head.weight"] else ""))
-    for name, shape in expected.items():
+    for name, (shape, dtypes) in expected.items():
         if name not in found:
             continue
         shard, got, dtype = found[name]
-        if got != shape:
+        if shape is not None and got != shape:
             raise ValueError(f"gkernels.model: {shard}: {name}: got shape {list(got)}, expected {list(shape)} from config.json")
-        if dtype not in FLOATS:
-            raise ValueError(f"gkernels.model: {shard}: {name}: got dtype {dtype}, expected one of {', '.join(FLOATS)}")
+        if dtype not in dtypes:
+            raise ValueError(f"gkernels.model: {shard}: {name}: got dtype {dtype}, expected one of {', '.join(dtypes)}")
 
 
 def random_weights(config: LlamaConfig, device: torch.device | str, dtype: torch.dtype | None = None, seed: int = 0) -> Weights:
     """Weights that keep activations near 1 at any size: matrices normal with deviation 1 / sqrt(fan in) (0.022 at hidden 2048), those
-    that write to the residual stream divided by sqrt(2 layers); norm weights near 1. A seed fixes the weights on one kind of device."""
+    that write to the residual stream divided by sqrt(2 layers); norm weights near 1. Nothing is quantised. A seed fixes the weights on one kind
+    of device."""
+    config = replace(config, quantization=None)
     weights = empty_weights(config, device, dtype or config.dtype, config.tie_word_embeddings)
     generator = torch.Generator(weights.embed.device).manual_seed(seed)
     for name, view in views(weights, config).items():
