@@ -54,9 +54,11 @@ def test_generate_equals_reference(capsys, checkpoint, device, arguments):
     assert code == 0, err
     assert {"1: To be,", "2: Or not"} <= {line[:len("1: To be,")] for line in out.splitlines()}
     assert re.search(r"^prompt 1: (\d+) of \1 tokens equal\nprompt 2: (\d+) of \2 tokens equal$", out, re.M)
-    figures = re.search(r"(\d+) tokens in [\d.]+ s: [\d.]+ tokens/s; (\d+) steps: (\d+) replays, (\d+) eager; 0 preemptions; (.*)", out)
-    assert int(figures[1]) <= 8 and int(figures[2]) == int(figures[3]) + int(figures[4]) <= 4
-    assert figures[5] == "eager on the CPU interpreter" if device.type == "cpu" else figures[5].startswith("captured graphs")
+    figures = re.search(r"(\d+) tokens in [\d.]+ s: [\d.]+ tokens/s; (\d+) steps \((.*)\): (\d+) replays, (\d+) eager; 0 preemptions; (.*)",
+                        out)
+    assert int(figures[1]) <= 8 and int(figures[2]) == sum(map(int, re.findall(r"\d+", figures[3]))) <= 4
+    assert re.fullmatch(r"1 single, (\d) loop", figures[3]) and int(figures[4]) + int(figures[5]) == 2      # launches: prompts, the rest
+    assert figures[6] == "eager on the CPU interpreter" if device.type == "cpu" else figures[6].startswith("captured graphs")
 
 
 def test_verify_sees_a_wrong_token(capsys, checkpoint, device, monkeypatch):

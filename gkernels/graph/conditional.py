@@ -52,6 +52,8 @@ class WhileLoop:
 
     def __init__(self, body: torch.cuda.CUDAGraph, left: torch.Tensor, running: torch.Tensor):
         from cuda.bindings import driver
+        if not (left.is_cuda and running.is_cuda):
+            raise ValueError(f"gkernels.graph.Loop: left, running: got tensors on {left.device} and {running.device}, expected them on the device")
         self._driver, self._device, owned = driver, left.device, ExitStack()
         weakref.finalize(self, owned.close)
         try:
