@@ -14,6 +14,7 @@ import math
 import os
 import re
 import statistics
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -106,6 +107,31 @@ def timed_replays(graph: torch.cuda.CUDAGraph, times: int) -> list[float]:
         end.record()
     torch.cuda.synchronize()
     return [start.elapsed_time(end) * 1000 for start, end in events]
+
+
+def timed_launches(prepare: Callable[[], object], launch: Callable[[], object], read: Callable[[], object], count: int,
+                   times: int = 5) -> tuple[float, float]:
+    """Medians, in microseconds, of two things: what `count` launches, queued one behind the other, take on the device; and the processor time that
+    this process spends where each is followed by `read`, which waits for it. `prepare` comes before either, and is not timed."""
+    on_device, on_host = [], []
+    for _ in range(times + 1):                            # the first is a warm-up
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        prepare()
+        torch.cuda.synchronize()
+        start.record()
+        for _ in range(count):
+            launch()
+        end.record()
+        torch.cuda.synchronize()
+        on_device.append(start.elapsed_time(end) * 1000)
+        prepare()
+        torch.cuda.synchronize()
+        before = time.process_time()
+        for _ in range(count):
+            launch()
+            read()
+        on_host.append((time.process_time() - before) * 1e6)
+    return statistics.median(on_device[1:]), statistics.median(on_host[1:])
 
 
 def replays(us: float, times: int) -> int:
