@@ -17,6 +17,7 @@ from gkernels.model.step import Row, Step
 
 CONTEXT, STEPS, BURST, PAGE = 128, 256, 8, 16
 CASES = [("llama-3.2-1b", 1), ("llama-3.2-1b", 16)]
+PROVIDERS = ("replay", f"burst{BURST}", "loop")
 
 
 def decoding(config, weights, batch):
@@ -33,24 +34,29 @@ def decoding(config, weights, batch):
 def runners(step, batch):
     """By provider: what runs many steps, and how many of its launches make STEPS."""
     buckets, b = Buckets([batch]), step.buffers
-    return {"replay": (GraphRunner(step, buckets, "cuda"), STEPS), f"burst{BURST}": (Burst(step, BURST, buckets, "cuda"), STEPS // BURST),
-            "loop": (Loop(step, b["turns"], b["running"], buckets, "cuda"), 1)}
+    made = GraphRunner(step, buckets, "cuda"), Burst(step, BURST, buckets, "cuda"), Loop(step, b["turns"], b["running"], buckets, "cuda")
+    return dict(zip(PROVIDERS, zip(made, (STEPS, STEPS // BURST, 1), strict=True), strict=True))
+
+
+def measure(case, config, batch, asked):
+    """Records the rows of one case; all providers must bring the same tokens."""
+    step, rows = decoding(config, random_weights(config, "cuda", torch.bfloat16), batch)
+    read_all, tokens = lambda: step.read_ring(batch, batch), {}
+    for provider, (runner, count) in runners(step, batch).items():
+        if provider in asked:
+            runner.capture(progress=False)
+            read = read_all if count < STEPS else lambda: step.read(batch)
+            us, host_us = timed_launches(lambda: step.stage(rows, STEPS), lambda runner=runner: runner.run(batch), read, count)
+            tokens[provider], _ = read_all()
+            record(bench="loop", case=case, provider=provider, us=round(us / STEPS, 3), host_us=round(host_us / STEPS, 3))
+            runner.release()
+    if any(lines != tokens[asked[0]] or len(lines) != STEPS for lines in tokens.values()):
+        raise AssertionError(f"{case}: {', '.join(tokens)} do not bring the same tokens of {STEPS} steps")
 
 
 def main(cases=CASES):
     for name, batch in cases:
-        config, case, tokens = LlamaConfig.from_dict(PRESETS[name]), f"{name} {batch}x{CONTEXT}", {}
-        if not any(wanted(case, provider) for provider in ("replay", f"burst{BURST}", "loop")):
-            continue
-        step, rows = decoding(config, random_weights(config, "cuda", torch.bfloat16), batch)
-        for provider, (runner, count) in runners(step, batch).items():
-            if not wanted(case, provider):
-                continue
-            runner.capture(progress=False)
-            read = lambda: step.read_ring(batch, batch)
-            us, host_us = timed_launches(lambda: step.stage(rows, STEPS), lambda runner=runner: runner.run(batch),
-                                         (lambda: step.read(batch)) if count == STEPS else read, count)
-            tokens[provider] = read()
-            record(bench="loop", case=case, provider=provider, us=round(us / STEPS, 3), host_us=round(host_us / STEPS, 3))
-        if any(lines != next(iter(tokens.values())) or len(lines[0]) != STEPS for lines in tokens.values()):
-            raise AssertionError(f"{case}: {', '.join(tokens)} do not bring the same {STEPS} tokens")
+        case = f"{name} {batch}x{CONTEXT}"
+        asked = [provider for provider in PROVIDERS if wanted(case, provider)]
+        if asked:
+            measure(case, LlamaConfig.from_dict(PRESETS[name]), batch, asked)
