@@ -28,6 +28,7 @@ MOST_CLOSURES = 64
 LEAST_LAUNCHES = 16                                   # in a graph, so that its own start is under a tenth of a microsecond a launch
 ENOUGH_US = 150_000                                   # of measured replays, of which there are at least LEAST_REPLAYS
 LEAST_REPLAYS = 5
+HOST_CYCLES = 2_000_000                               # 1 ms of the device's, in which the host makes the first launch
 ROWS: list[dict] = []
 ONLY = ""                                             # regular expression: cases that it is not found in are left out
 PROVIDERS: tuple[str, ...] = ()                       # and providers that are not named; none named: all
@@ -118,6 +119,7 @@ def timed_launches(prepare: Callable[[], object], launch: Callable[[], object], 
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         prepare()
         torch.cuda.synchronize()
+        torch.cuda._sleep(HOST_CYCLES)
         start.record()
         for _ in range(count):
             launch()
@@ -142,7 +144,8 @@ def replays(us: float, times: int) -> int:
 def record(*, bench: str, case: str, provider: str, us: float, **figures) -> None:
     """Adds a row to what `save` writes, with the source it was measured on, and prints it as progress."""
     ROWS.append(dict(bench=bench, case=case, provider=provider, us=us, **figures, source=source(), date=datetime.date.today().isoformat()))
-    print(f"  {bench:<12} {case:<32} {provider:<14} {us:10.2f} us", flush=True)
+    host = f", {figures['host_us']:.2f} us of the host's" if "host_us" in figures else ""
+    print(f"  {bench:<12} {case:<32} {provider:<14} {us:10.2f} us{host}", flush=True)
 
 
 def source(root: Path = ROOT) -> str:

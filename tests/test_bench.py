@@ -115,10 +115,19 @@ def test_launches_are_timed_queued_and_read_one_by_one(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: calls.append("sleep"))
     monkeypatch.setattr(harness.time, "process_time", lambda: next(host))
     us = harness.timed_launches(*(functools.partial(calls.append, name) for name in ("prepare", "launch", "read")), 2, times=3)
     assert [round(figure, 3) for figure in us] == [2.0, 5.0]
-    assert calls == ["prepare", "event", "launch", "launch", "event", "prepare", "launch", "read", "launch", "read"] * 4
+    assert calls == ["prepare", "sleep", "event", "launch", "launch", "event", "prepare", "launch", "read", "launch", "read"] * 4
+
+
+def test_a_row_says_what_the_host_spent(h200, capsys):
+    harness.record(bench="loop", case="case", provider="loop", us=3.0, host_us=0.25)
+    harness.record(bench="loop", case="case", provider="replay", us=3.0)
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.endswith(" 3.00 us, 0.25 us of the host's") and second.endswith(" 3.00 us")
+    assert harness.ROWS[0]["host_us"] == 0.25 and "host_us" not in harness.ROWS[1]
 
 
 @pytest.mark.parametrize("only, providers, kept", [

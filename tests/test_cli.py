@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gkernels import cli, doctor
+from gkernels.graph import Loop
 from gkernels.model.config import LlamaConfig
 from gkernels.model.load import random_weights, save_checkpoint
 from gkernels.model.tokenizer import Tokenizer
@@ -59,6 +60,15 @@ def test_generate_equals_reference(capsys, checkpoint, device, arguments):
     assert int(figures[1]) <= 8 and int(figures[2]) == sum(map(int, re.findall(r"\d+", figures[3]))) <= 4
     assert re.fullmatch(r"1 single, (\d) loop", figures[3]) and int(figures[4]) + int(figures[5]) == 2      # launches: prompts, the rest
     assert figures[6] == "eager on the CPU interpreter" if device.type == "cpu" else figures[6].startswith("captured graphs")
+
+
+@pytest.mark.parametrize("arguments, why, modes", [(("--loop", 3), "", "1 single, 9 loop"), (("--loop", 1), "", "2 single, 8 burst"),
+                                                   ((), "planted", "2 single, 8 burst")])
+def test_generate_says_how_steps_ran(capsys, checkpoint, device, monkeypatch, arguments, why, modes):
+    monkeypatch.setattr(Loop, "why", why)
+    code, out, _ = generate(capsys, checkpoint, device, "--max-tokens", 10, "--prompt", "To be,", *arguments)
+    steps = sum(map(int, re.findall(r"\d+", modes)))
+    assert code == 0 and re.search(rf"\b{steps} steps \({modes}\): ", out) and ("no loop: planted\n" in out) == bool(why)
 
 
 def test_verify_sees_a_wrong_token(capsys, checkpoint, device, monkeypatch):

@@ -192,19 +192,25 @@ def test_bad_counters_are_named(bad):
         Loop(rows, rows.left, bad, Buckets([1]), "cpu")
 
 
-def bindings(monkeypatch, version):
-    """Puts a driver of that version in the place of cuda.bindings; None: nothing."""
+def bindings(monkeypatch, version, nvrtc=lambda: (0, 12, 4)):
+    """Puts a driver of that version, and NVRTC, in the place of cuda.bindings; None: nothing."""
     package = None if version is None else ModuleType("cuda.bindings")
     if package:
-        package.driver = SimpleNamespace(cuDriverGetVersion=lambda: (0, version))
+        package.driver, package.nvrtc = SimpleNamespace(cuDriverGetVersion=lambda: (0, version)), SimpleNamespace(nvrtcVersion=nvrtc)
     monkeypatch.setitem(sys.modules, "cuda", ModuleType("cuda"))
     monkeypatch.setitem(sys.modules, "cuda.bindings", package)
 
 
-@pytest.mark.parametrize("version, why", [(None, r"cuda.bindings, which is not installed; pip install 'gkernels\[loop\]'"),
-                                          (12030, "the driver is of CUDA 12.3, WHILE nodes came with 12.4; update it"), (12040, ""), (13000, "")])
-def test_why_there_is_no_loop(monkeypatch, version, why):
-    bindings(monkeypatch, version)
+def lost():
+    raise RuntimeError("no libnvrtc.so")
+
+
+@pytest.mark.parametrize("there, why", [((None,), r"cuda.bindings, which is not installed; pip install 'gkernels\[loop\]'"),
+                                        ((12030,), "the driver is of CUDA 12.3, WHILE nodes came with 12.4; update it"),
+                                        ((12040, lost), r"which cuda.bindings does not find \(no libnvrtc.so\); pip install nvidia-cuda-nvrtc"),
+                                        ((12040,), ""), ((13000,), "")])
+def test_why_there_is_no_loop(monkeypatch, there, why):
+    bindings(monkeypatch, *there)
     rows = Rows("cpu")
     loop = loop_of(rows, "cuda")
     if why:
@@ -219,7 +225,7 @@ def test_why_there_is_no_loop(monkeypatch, version, why):
 # The model's step
 
 
-PLACES, PAGE, PAGES, DEPTH = 3, 4, 40, 8
+PLACES, PAGE, PAGES, DEPTH = 3, 4, 40, 4
 STATE = ("token_ids", "seq_lens", "generated", "ended", "running")
 
 
@@ -254,10 +260,10 @@ def random_rows(seed):
     pages, rows = (torch.randperm(PAGES - 1, generator=random) + 1).tolist(), []
     for slot in range(draw(1, PLACES)):
         length, generated = draw(1, 30), draw(0, 3)
-        options = Sampling(generated + draw(1, 12), [0.0, 0.9][draw(0, 1)], draw(0, 30), seed=draw(0, 99), min_tokens=draw(0, 5))
+        options = Sampling(generated + draw(1, 8), [0.0, 0.9][draw(0, 1)], draw(0, 30), seed=draw(0, 99), min_tokens=draw(0, 5))
         ends = tuple({draw(0, VOCAB - 1) for _ in range(draw(0, 16))})
         own = [pages.pop() for _ in range(-(-(length + DEPTH) // PAGE))]
-        rows.append(Row([draw(14, 96) if draw(0, 9) else UNLUCKY], length, own, options, True, generated, length + draw(1, 12), ends, slot))
+        rows.append(Row([draw(14, 96) if draw(0, 9) else UNLUCKY], length, own, options, True, generated, length + draw(1, 8), ends, slot))
     return rows
 
 
@@ -276,36 +282,45 @@ def run(step, rows, limit, launch):
     return lines, flags, left, moved[0] | moved[1]
 
 
-def check_model(step, loop, seed, limit):
-    rows = random_rows(seed)
-
-    def one_by_one(n):
+def one_by_one(step, loop, limit):
+    """Launches what a Loop turns, step by step from the host."""
+    def launch(n):
         for _ in range(limit):
             if step.buffers["seq_lens"].any():
                 step(loop.capacity(n))
+    return launch
 
-    (want_lines, want_flags, want, _), (lines, flags, got, moved) = (run(step, rows, limit, launch) for launch in (one_by_one, loop.run))
+
+def check_model(step, loop, seed, limit):
+    rows = random_rows(seed)
+    want_lines, want_flags, want, _ = run(step, rows, limit, one_by_one(step, loop, limit))
+    lines, flags, got, moved = run(step, rows, limit, loop.run)
     assert lines == want_lines and len(lines) <= limit and flags == want_flags
     for name in want:
         assert_same(got[name], want[name])
     may_move = torch.zeros_like(moved)
     for i, row in enumerate(rows):
-        turns = min(sum(line[i] >= 0 for line in lines) + bool(flags[i]), len(lines))
+        turns = sum(line[i] >= 0 for line in lines) + bool(flags[i])
         for at in range(row.seq_len - 1, row.seq_len - 1 + turns):
             may_move[row.pages[at // PAGE], at % PAGE] = True
     assert not (moved & ~may_move).any(), "a slot of no turn's"
-    return [min(i for i in range(len(lines)) if all(line[r] < 0 for line in lines[i:])) if lines[-1][r] < 0 else limit for r in range(len(rows))]
 
 
-@settings(max_examples=60 if CUDA else 8)
+@settings(max_examples=60 if CUDA else 5)
 @given(seeds, st.integers(1, DEPTH))
 def test_turns_equal_eager_steps(step, loop, seed, limit):
     check_model(step, loop, seed, limit)
 
 
 def test_the_batches_end_in_many_ways(step, loop):
-    ends = [check_model(step, loop, seed, DEPTH) for seed in range(3)]
-    assert len({end for batch in ends for end in batch}) > 2 and any(len(set(batch)) > 1 for batch in ends), ends
+    """So the property above meets rows that end at once, amid the turns and not at all, and some with an error."""
+    numbers, errors = set(), 0
+    for seed in range(4):
+        rows = random_rows(seed)
+        lines, flags, _, _ = run(step, rows, DEPTH, one_by_one(step, loop, DEPTH))
+        numbers |= {sum(line[i] >= 0 for line in lines) for i in range(len(rows))}
+        errors += sum(map(bool, flags))
+    assert {1, DEPTH} < numbers and errors, (numbers, errors)
 
 
 def twice(step):

@@ -35,9 +35,12 @@ extern "C" __global__ void go_on(Handle handle, int* left, const int* running, i
 def unavailable() -> str:
     """Why no WHILE node can be made on a CUDA device here, and the mend; "" where one can."""
     try:
-        from cuda.bindings import driver
+        from cuda.bindings import driver, nvrtc
+        nvrtc.nvrtcVersion()
     except ImportError:
         return "WHILE nodes are made through cuda.bindings, which is not installed; pip install 'gkernels[loop]'"
+    except RuntimeError as error:
+        return f"WHILE nodes need NVRTC, which cuda.bindings does not find ({error}); pip install nvidia-cuda-nvrtc"
     version, = answered(driver.cuDriverGetVersion())
     if version < FIRST_DRIVER:
         return f"the driver is of CUDA {version // 1000}.{version % 1000 // 10}, WHILE nodes came with 12.4; update it"

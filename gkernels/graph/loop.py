@@ -27,10 +27,6 @@ class Burst(GraphRunner):
             return outputs
         super().__init__(unrolled, buckets, device, checks)
 
-    @property
-    def path(self) -> str:
-        return f"bursts of {self.steps} steps ({len(self.graphs)} buckets)" if self.graphs else super().path
-
 
 class Loop(GraphRunner):
     """One callable in a WHILE node, one a bucket: a launch turns it while turns are left and rows run, and asks nothing of the host.

@@ -126,7 +126,7 @@ class Engine:
             self.capture(progress)
 
     def capture(self, progress: bool = False) -> None:
-        """Captures every graph again; without CUDA it does nothing."""
+        """Captures every graph, and those that there are once more; nothing without CUDA."""
         for runner in self.runners:
             runner.capture(progress)
 

@@ -151,9 +151,9 @@ class Step:
         return ops.State(**{name: b[name][:R] for name in ADVANCED}, flags=flags, ring=ring, step=step, running=b["running"],
                          counts=self.counts if self.adjusts else None, history=self.history if len(self.history) else None)
 
-    def news(self, t: torch.Tensor, R: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """What `_news` or its copy holds for a capacity of R requests: step [1], flags [R], ring [depth, R]."""
-        return t[:1], t[1:1 + R], t[1 + R:1 + R + self.depth * R].view(self.depth, R)
+    def news(self, values, R: int) -> tuple:
+        """Views of `_news`, or of its copy on the host, for a capacity of R requests: step [1], flags [R], ring [depth, R]."""
+        return values[:1], values[1:1 + R], values[1 + R:1 + R + self.depth * R].reshape(self.depth, R)
 
     def __call__(self, bucket: int) -> torch.Tensor:
         """Launches schedule, model, sampling and advance for a capacity of `bucket` tokens. Tokens and status land in `results`; returns logits."""
@@ -178,14 +178,12 @@ class Step:
     def read_ring(self, bucket: int, num_requests: int) -> tuple[list[list[int]], list[int]]:
         """Waits for the steps since the batch was staged and returns their tokens, a list for each time that the state was advanced, with -1 for rows
         that brought none, and the status of rows that ended with an error. One copy, one wait, however many steps."""
-        R = self.requests(bucket)
-        size = 1 + R + self.depth * R
-        self._news_host[:size].copy_(self._news[:size], non_blocking=True)
+        self._news_host.copy_(self._news, non_blocking=True)
         if self._news_read is not None:
             self._news_read.record()
             self._news_read.synchronize()
-        step, flags, ring = self.news(self._news_host, R)
-        return ring[:int(step), :num_requests].tolist(), flags[:num_requests].tolist()
+        step, flags, ring = self.news(self._news_host.numpy(), self.requests(bucket))          # whose views cost a tenth of a tensor's
+        return ring[:step[0], :num_requests].tolist(), flags[:num_requests].tolist()
 
     def _wait(self):
         if self.device.type == "cuda":
