@@ -31,10 +31,12 @@ class Burst(GraphRunner):
 class Loop(GraphRunner):
     """One callable in a WHILE node, one a bucket: a launch turns it while turns are left and rows run, and asks nothing of the host.
 
-    `left` and `running` are int32 [1] on the device. The host sets `left`, the turns that a launch may take, on the stream before `run`; each
-    turn takes one from it. The step keeps in `running` how many rows go on; rows that end on the way must cost the others nothing but time, and
-    what it says of a Burst's calls holds for turns. A launch that finds 0 in either leaves everything as it is. Where `why` says that no
-    graph can hold a loop, and on a machine without CUDA, Python turns it: same results, but on CUDA it waits for the device after every turn."""
+    `left` and `running` are int32 [1] on the device. Before `run` the host sets `left` on the stream: the turns that the launch may take, of which
+    each takes one. The step keeps in `running` how many rows go on. As in a Burst, a turn must leave on the device all that the next one reads,
+    and rows that end on the way must cost the others nothing but time. A launch that finds 0 in either leaves everything as it is.
+
+    Where `why` says that no graph can hold a loop, and on a machine without CUDA, Python turns it: same results, but on CUDA it waits for the device
+    before every turn."""
 
     def __init__(self, step: Callable[[int], object], left: torch.Tensor, running: torch.Tensor, buckets: Buckets, device: torch.device | str,
                  checks: tuple[Callable[[], None], ...] = ()):
