@@ -97,7 +97,7 @@ def add_go_on(driver, graph, after, values):
 
 @lru_cache(None)
 def kernel(device: int):
-    """go_on, compiled for a device and loaded there for good: 0.1 s once."""
+    """go_on, compiled for a device and loaded there for good."""
     from cuda.bindings import driver, nvrtc
     program, = answered(nvrtc.nvrtcCreateProgram(SOURCE, b"go_on.cu", 0, None, None))
     try:
