@@ -14,6 +14,7 @@ import math
 import os
 import re
 import statistics
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -27,6 +28,7 @@ MOST_CLOSURES = 64
 LEAST_LAUNCHES = 16                                   # in a graph, so that its own start is under a tenth of a microsecond a launch
 ENOUGH_US = 150_000                                   # of measured replays, of which there are at least LEAST_REPLAYS
 LEAST_REPLAYS = 5
+HOST_CYCLES = 2_000_000                               # 1 ms of the device's, in which the host makes the first launch
 ROWS: list[dict] = []
 ONLY = ""                                             # regular expression: cases that it is not found in are left out
 PROVIDERS: tuple[str, ...] = ()                       # and providers that are not named; none named: all
@@ -108,6 +110,32 @@ def timed_replays(graph: torch.cuda.CUDAGraph, times: int) -> list[float]:
     return [start.elapsed_time(end) * 1000 for start, end in events]
 
 
+def timed_launches(prepare: Callable[[], object], launch: Callable[[], object], read: Callable[[], object], count: int,
+                   times: int = 5) -> tuple[float, float]:
+    """Medians, in microseconds, of two things: what `count` launches, queued one behind the other, take on the device; and the processor time that
+    this process spends where each is followed by `read`, which waits for it. `prepare` comes before either, and is not timed."""
+    on_device, on_host = [], []
+    for _ in range(times + 1):                            # the first is a warm-up
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        prepare()
+        torch.cuda.synchronize()
+        torch.cuda._sleep(HOST_CYCLES)
+        start.record()
+        for _ in range(count):
+            launch()
+        end.record()
+        torch.cuda.synchronize()
+        on_device.append(start.elapsed_time(end) * 1000)
+        prepare()
+        torch.cuda.synchronize()
+        before = time.process_time()
+        for _ in range(count):
+            launch()
+            read()
+        on_host.append((time.process_time() - before) * 1e6)
+    return statistics.median(on_device[1:]), statistics.median(on_host[1:])
+
+
 def replays(us: float, times: int) -> int:
     """`times`, or as many replays of `us` microseconds as ENOUGH_US holds, but LEAST_REPLAYS."""
     return min(times, max(int(ENOUGH_US / us), LEAST_REPLAYS))
@@ -116,7 +144,8 @@ def replays(us: float, times: int) -> int:
 def record(*, bench: str, case: str, provider: str, us: float, **figures) -> None:
     """Adds a row to what `save` writes, with the source it was measured on, and prints it as progress."""
     ROWS.append(dict(bench=bench, case=case, provider=provider, us=us, **figures, source=source(), date=datetime.date.today().isoformat()))
-    print(f"  {bench:<12} {case:<32} {provider:<14} {us:10.2f} us", flush=True)
+    host = f", {figures['host_us']:.2f} us of the host's" if "host_us" in figures else ""
+    print(f"  {bench:<12} {case:<32} {provider:<14} {us:10.2f} us{host}", flush=True)
 
 
 def source(root: Path = ROOT) -> str:

@@ -22,6 +22,7 @@ CHECKPOINT = Path(__file__).parent / "model" / "assets" / "shakespeare"
 PROMPTS = ("ROMEO:\nO,", "KING HENRY:\nNow", "JULIET:\nWhat")
 NEW_TOKENS = {"cpu": 24, "cuda": 200}        # an interpreted step of the packaged checkpoint takes 2 s
 STEP_TOKENS = {"cpu": 32, "cuda": 512}
+LOOP = {"cpu": 4, "cuda": 64}                # steps a launch, whose tokens are shown together
 MOST_REQUESTS = 32                           # at once, where --max-requests does not say
 
 
@@ -88,6 +89,8 @@ def parser() -> argparse.ArgumentParser:
     add("--device", choices=("cpu", "cuda"), help="default: cuda where torch sees it")
     add("--max-requests", type=at_least(1), metavar="N", help=f"prompts computed at once (default: all, up to {MOST_REQUESTS})")
     add("--max-len", type=at_least(2), metavar="N", help="longest sequence (default: what the prompts and --max-tokens need)")
+    add("--loop", type=at_least(1), metavar="N", help="most steps of one launch, once every prompt decodes (default: "
+        f"{LOOP['cuda']}, {LOOP['cpu']} on a CPU)")
     add("--verify", action="store_true", help="compare every token with the plain PyTorch reference; exit code 1 on a difference")
 
     add = command(check, "prove a callable safe in a CUDA graph; exit code 1 where something speaks against it")
@@ -173,16 +176,17 @@ def generate(options: argparse.Namespace) -> int:
     requests = options.max_requests or min(len(prompts), MOST_REQUESTS)
     dtype = DTYPES[options.dtype] if options.dtype else config.dtype if device == "cuda" else DTYPES["float32"]
     engine = Engine.from_dir(options.model, device, dtype, options.max_len or longest + new_tokens, max_requests=requests,
-                             max_tokens=max(STEP_TOKENS[device], requests), progress=True)
+                             max_tokens=max(STEP_TOKENS[device], requests), progress=True, loop=options.loop or LOOP[device])
     for i, prompt in enumerate(prompts):
         engine.add(prompt, Sampling(new_tokens, options.temperature, options.top_k, options.top_p, options.min_p, options.seed + i))
 
     on_terminal = sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
     seconds = watch(engine, tokenizer, (Live if on_terminal else Lines)(texts, new_tokens * len(texts)))
-    done, runner = list(engine.requests.values()), engine.runner
-    tokens = sum(len(request.output) for request in done)
-    print(f"{tokens} tokens in {seconds:.1f} s: {tokens / seconds:.1f} tokens/s; {engine.steps} steps: {runner.replays} replays, "
-          f"{runner.eager_steps} eager; {engine.preemptions} preemptions; {runner.path}", flush=True)
+    done, runners = list(engine.requests.values()), engine.runners
+    tokens, modes = sum(len(request.output) for request in done), ", ".join(f"{n} {mode}" for mode, n in engine.modes.items())
+    print(f"{tokens} tokens in {seconds:.1f} s: {tokens / seconds:.1f} tokens/s; {engine.steps} steps ({modes}): "
+          f"{sum(r.replays for r in runners)} replays, {sum(r.eager_steps for r in runners)} eager; {engine.preemptions} preemptions; "
+          f"{engine.runner.path}", *[f"no loop: {engine.why}"] * bool(engine.why), sep="\n", flush=True)
     failed = [f"prompt {request.id + 1}: {request.finish_reason}" for request in done if (request.finish_reason or "").startswith("error")]
     print(*failed, sep="\n", end="\n" * bool(failed))
     differ = options.verify and [verify(engine, request, tokenizer) for request in done].count(False)

@@ -2,7 +2,7 @@
 
 As on a GPU, what is called while a graph captures is noted and not computed (its results hold NaN or junk until a replay), reading a tensor
 on the host spoils the capture, a failed capture keeps its pool, and a pool's memory is freed when no graph holds it and the cache is emptied.
-Torch's operators on CPU tensors and interpreted Triton kernels stand for kernels.
+WHILE nodes there are. Torch's operators on CPU tensors and interpreted Triton kernels stand for kernels.
 """
 
 import functools
@@ -12,7 +12,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.interpreter import GridExecutor
 
-from gkernels.graph import segments
+from gkernels.graph import loop, segments
 from gkernels.graph.memory import fill_with_junk, tensors_in
 
 
@@ -59,6 +59,8 @@ class FakeCuda:
             monkeypatch.setattr(torch.cuda, name, here)
         monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", self.end_allocate)
         monkeypatch.setattr(torch._C, "_cuda_releasePool", self.release_pool)
+        monkeypatch.setattr(loop, "unavailable", lambda: "")
+        monkeypatch.setattr(loop, "WhileLoop", functools.partial(WhileLoop, self))
         monkeypatch.setattr(segments, "count_nodes", lambda graph: len(graph.tape))
         monkeypatch.setattr(GridExecutor, "__call__", noted_launch)
         return self
@@ -150,6 +152,21 @@ class Graph:
         if self.ended:
             self.pool.graphs -= 1
         self.ended = self.ready = False
+
+
+class WhileLoop:
+    """A kept graph in a WHILE node."""
+
+    def __init__(self, cuda, body, left, running):
+        cuda.event()
+        self.body, self.left, self.running = body, left, running
+
+    def __call__(self):
+        assert self.body.ended and not self.body.ready and not self.body.cuda.capturing
+        while self.left > 0 and self.running > 0:
+            for call in self.body.tape:
+                call()
+            self.left -= 1
 
 
 class Tape(TorchDispatchMode):

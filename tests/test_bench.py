@@ -99,6 +99,37 @@ def test_long_graphs_are_replayed_less_often(us, times, count):
     assert harness.replays(us, times) == count
 
 
+def test_launches_are_timed_queued_and_read_one_by_one(monkeypatch):
+    """A warm-up and `times` rounds: queued launches between two events, then launches with a read behind each, and the medians of both."""
+    calls, device, host = [], iter([9.0, 0.003, 0.001, 0.002]), iter([0, 9, 10, 10 + 4e-6, 20, 20 + 6e-6, 30, 30 + 5e-6])
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            calls.append("event")
+
+        def elapsed_time(self, end):
+            return next(device)
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: calls.append("sleep"))
+    monkeypatch.setattr(harness.time, "process_time", lambda: next(host))
+    us = harness.timed_launches(*(functools.partial(calls.append, name) for name in ("prepare", "launch", "read")), 2, times=3)
+    assert [round(figure, 3) for figure in us] == [2.0, 5.0]
+    assert calls == ["prepare", "sleep", "event", "launch", "launch", "event", "prepare", "launch", "read", "launch", "read"] * 4
+
+
+def test_a_row_says_what_the_host_spent(h200, capsys):
+    harness.record(bench="loop", case="case", provider="loop", us=3.0, host_us=0.25)
+    harness.record(bench="loop", case="case", provider="replay", us=3.0)
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.endswith(" 3.00 us, 0.25 us of the host's") and second.endswith(" 3.00 us")
+    assert harness.ROWS[0]["host_us"] == 0.25 and "host_us" not in harness.ROWS[1]
+
+
 @pytest.mark.parametrize("only, providers, kept", [
     ("", (), {"a 1 x", "a 1 y", "b 1 x", "b 1 y"}), ("^a", (), {"a 1 x", "a 1 y"}), ("1$", ("y",), {"a 1 y", "b 1 y"}), ("c", (), set())])
 def test_only_the_wanted_rows_are_made(h200, monkeypatch, only, providers, kept):

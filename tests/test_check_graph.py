@@ -187,7 +187,7 @@ def test_contradictions_are_named(change, words):
 
 T, REQUESTS, PAGE, PAGES, MAX_LEN, VOCAB = 4, 2, 2, 9, 8, 96
 LENGTHS = ("query_start_loc", "seq_lens")                               # what tells a pad from a live row is none
-ADVANCED = ("token_ids", "seq_lens", "generated", "ended", "flags", "step", "running")
+ADVANCED = ("token_ids", "seq_lens", "generated", "ended", "running")
 
 
 def step_subject(kind=Step):
@@ -228,7 +228,7 @@ def step_subject(kind=Step):
         masks |= {name: unowned[None, :, :, None, None].expand(getattr(cache, name).shape) for name in ("keys", "values")}
         return {name: mask.to(device) for name, mask in masks.items()}
 
-    own = {name: value for name, value in vars(step).items() if name in ("_ring", "counts", "prompt", "_counters", "_sampling")}
+    own = {name: value for name, value in vars(step).items() if name in ("_news", "counts", "prompt", "_counters", "_sampling")}
     return Subject(
         lambda inputs: step(T), make_inputs, (CASES[0], Case("one of length 1", "one", "least")), outputs={"results": step.results[:, :REQUESTS]},
         state={"keys": cache.keys, "values": cache.values, **own, **{name: step.buffers[name] for name in ADVANCED}},
@@ -247,8 +247,8 @@ def test_our_step_is_clean():
 class LiveTokens(Step):
     """Computes the batch's own number of tokens."""
 
-    def stage(self, rows):
-        self.live = super().stage(rows)
+    def stage(self, rows, turns=1):
+        self.live = super().stage(rows, turns)
         return self.live
 
     def __call__(self, bucket):

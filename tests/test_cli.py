@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gkernels import cli, doctor
+from gkernels.graph import Loop
 from gkernels.model.config import LlamaConfig
 from gkernels.model.load import random_weights, save_checkpoint
 from gkernels.model.tokenizer import Tokenizer
@@ -54,9 +55,20 @@ def test_generate_equals_reference(capsys, checkpoint, device, arguments):
     assert code == 0, err
     assert {"1: To be,", "2: Or not"} <= {line[:len("1: To be,")] for line in out.splitlines()}
     assert re.search(r"^prompt 1: (\d+) of \1 tokens equal\nprompt 2: (\d+) of \2 tokens equal$", out, re.M)
-    figures = re.search(r"(\d+) tokens in [\d.]+ s: [\d.]+ tokens/s; (\d+) steps: (\d+) replays, (\d+) eager; 0 preemptions; (.*)", out)
-    assert int(figures[1]) <= 8 and int(figures[2]) == int(figures[3]) + int(figures[4]) <= 4
-    assert figures[5] == "eager on the CPU interpreter" if device.type == "cpu" else figures[5].startswith("captured graphs")
+    figures = re.search(r"(\d+) tokens in [\d.]+ s: [\d.]+ tokens/s; (\d+) steps \((.*)\): (\d+) replays, (\d+) eager; 0 preemptions; (.*)",
+                        out)
+    assert int(figures[1]) <= 8 and int(figures[2]) == sum(map(int, re.findall(r"\d+", figures[3]))) <= 4
+    assert re.fullmatch(r"1 single, (\d) loop", figures[3]) and int(figures[4]) + int(figures[5]) == 2      # launches: prompts, the rest
+    assert figures[6] == "eager on the CPU interpreter" if device.type == "cpu" else figures[6].startswith("captured graphs")
+
+
+@pytest.mark.parametrize("arguments, why, modes", [(("--loop", 3), "", "1 single, 9 loop"), (("--loop", 1), "", "2 single, 8 burst"),
+                                                   ((), "planted", "2 single, 8 burst")])
+def test_generate_says_how_steps_ran(capsys, checkpoint, device, monkeypatch, arguments, why, modes):
+    monkeypatch.setattr(Loop, "why", why)
+    code, out, _ = generate(capsys, checkpoint, device, "--max-tokens", 10, "--prompt", "To be,", *arguments)
+    steps = sum(map(int, re.findall(r"\d+", modes)))
+    assert code == 0 and re.search(rf"\b{steps} steps \({modes}\): ", out) and ("no loop: planted\n" in out) == bool(why)
 
 
 def test_verify_sees_a_wrong_token(capsys, checkpoint, device, monkeypatch):

@@ -20,29 +20,28 @@ import reference.adjust as reference_adjust
 import reference.llama as reference_llama
 import reference.sampling as reference_sampling
 from gkernels import ops
-from gkernels.graph import Buckets, Burst
+from gkernels.graph import Buckets, Burst, Loop
 from gkernels.model.cache import PagedCache
 from gkernels.model.config import LlamaConfig
 from gkernels.model.engine import Engine, Event, Sampling
 from gkernels.model.llama import Llama
-from gkernels.model.load import random_weights, views
+from gkernels.model.load import empty_weights, random_weights, views
 from gkernels.model.step import Row, Step
 from tests.close import assert_same
 from tests.strategies_model import tiny_config
 
 VOCAB, EOS, UNLUCKY = 97, 2, 13     # UNLUCKY: the token whose embedding is NaN
 MAX_LEN = 48
-SMALL = dict(max_tokens=16, max_requests=4, max_len=MAX_LEN, page_size=4, burst=3)
+SMALL = dict(max_tokens=16, max_requests=4, max_len=MAX_LEN, page_size=4, loop=5)
 
 
 @lru_cache(None)
 def build(device, architecture="LlamaForCausalLM", layers=1):
-    """A random model whose logits lie far apart, with one token whose embedding is NaN."""
+    """A random model whose logits lie far apart, with one token whose embedding is NaN; the same on every device."""
     config = LlamaConfig.from_dict(tiny_config(architecture, vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=layers))
-    weights = random_weights(config, device, torch.float32)
-    for name, view in views(weights, config).items():
-        if not name.endswith("norm.weight"):
-            view.mul_(5)
+    drawn, weights = random_weights(config, "cpu", torch.float32), empty_weights(config, device, torch.float32, config.tie_word_embeddings)
+    for (name, view), value in zip(views(weights, config).items(), views(drawn, config).values(), strict=True):
+        view.copy_(value if name.endswith("norm.weight") else value * 5)
     weights.embed[UNLUCKY] = float("nan")
     weights.lm_head[UNLUCKY] = 0.0                 # its logit is 0, far below the best: never drawn greedily
     return Llama.build(config, weights, MAX_LEN)
@@ -77,8 +76,9 @@ class PaperStep:
         self.max_tokens, self.max_requests = engine.step_fn.max_tokens, engine.step_fn.max_requests
         self.width, self.page_size, self.slots = engine.step_fn.table_width, engine.page_size, {}
         self.depth, self.adjusts = engine.step_fn.depth, True
+        self.left, self.running = torch.zeros(1, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
 
-    def stage(self, rows):
+    def stage(self, rows, turns):
         pages = [page for row in rows for page in row.pages]
         assert len(pages) == len(set(pages)) and 0 not in pages, "a page is shared, or the null page is used"
         assert len(rows) <= self.max_requests and sum(len(row.token_ids) for row in rows) <= self.max_tokens and all(row.token_ids for row in rows)
@@ -87,6 +87,7 @@ class PaperStep:
             for at, token in enumerate(row.token_ids, row.seq_len - len(row.token_ids)):
                 self.slots[row.pages[at // self.page_size], at % self.page_size] = token
         self.rows, self.lines, self.flags, self.lens = rows, [], [0] * len(rows), [row.seq_len for row in rows]
+        self.left[0], self.running[0] = turns, len(rows)
         return sum(len(row.token_ids) for row in rows)
 
     def __call__(self, bucket):
@@ -94,21 +95,23 @@ class PaperStep:
         self.lines.append([-1] * len(self.rows))
         for i, row in enumerate(self.rows):
             held = tuple(self.slots[row.pages[at // self.page_size], at % self.page_size] for at in range(self.lens[i]))
-            self.flags[i] |= ops.NO_TOKEN if UNLUCKY in held else 0
-            if self.lens[i] and not self.flags[i]:
+            if UNLUCKY in held:
+                self.flags[i], self.lens[i] = ops.NO_TOKEN, 0
+            if self.lens[i]:
                 token, at, n = self.draw(i, held, row.sampling.seed), self.lens[i], self.lens[i] - row.seq_len + 1
                 self.lines[-1][i] = token
                 ends = token in row.ends or row.generated + n >= row.sampling.max_tokens or at + 1 >= row.max_len
                 self.lens[i] = at + 1 if row.emits and not ends else 0
                 if self.lens[i] and len(row.pages) * self.page_size > at:
                     self.slots[row.pages[at // self.page_size], at % self.page_size] = token
+        self.running[0] = sum(n > 0 for n in self.lens)
 
     def read(self, num_requests):
         assert len(self.lines) == 1
         return self.lines[0], self.flags
 
     def read_ring(self, bucket, num_requests):
-        assert len(self.lines) == self.depth
+        assert 0 < len(self.lines) <= self.depth
         return self.lines, self.flags
 
     def enter(self, slot, prompt, output):
@@ -125,8 +128,11 @@ class Paper(Real):
 
     def engine(self, kind=Engine, **options):
         engine = kind(self.model, **SMALL | options, capture=False)
-        engine.step_fn = engine.runner.step = self.step(engine)
-        engine.burst = Burst(engine.step_fn, engine.burst.steps, engine.burst.buckets, "cpu")
+        paper, real = self.step(engine), engine.ahead.runner
+        engine.step_fn = engine.runner.step = paper
+        runner = (Loop(paper, paper.left, paper.running, real.buckets, "cpu") if isinstance(real, Loop) else
+                  Burst(paper, real.steps, real.buckets, "cpu"))
+        engine.ahead = replace(engine.ahead, runner=runner)
         return engine
 
     def next_token(self, tokens, s):
@@ -166,7 +172,7 @@ def step(engine):
     """One step that must get on, its events checked against the requests."""
     steps, lengths = engine.steps, {i: len(r.output) for i, r in engine.requests.items()}
     busy, events = engine.busy, engine.step()
-    assert engine.steps - steps in ((1, engine.burst.steps) if busy else (0,)), "the engine is busy, but computed nothing"
+    assert engine.steps - steps in (range(1, engine.step_fn.depth + 1) if busy else (0,)), "the engine is busy, but computed nothing"
     brought = {}
     for event in events:
         brought.setdefault(event.request_id, []).append(event)
@@ -296,7 +302,8 @@ def test_counters_that_are_left_are_caught(device):
 
 
 engine_options = st.fixed_dictionaries(dict(max_tokens=st.sampled_from([4, 7, 16]), page_size=st.sampled_from([1, 3, 4, 16]),
-                                            buckets=st.sampled_from([None, Buckets([3]), Buckets([2, 4])])))
+                                            buckets=st.sampled_from([None, Buckets([3]), Buckets([2, 4])]), loop=st.sampled_from([1, 2, 7]),
+                                            burst=st.sampled_from([1, 3])))
 samplings = st.builds(Sampling, max_tokens=st.integers(1, 5), temperature=st.sampled_from([0.0, 0.8]), top_k=st.just(20), seed=st.integers(0, 3))
 
 
@@ -329,47 +336,76 @@ def test_arrivals_change_no_token_on_the_kernels(device, requests, options):
     check_arrivals(Real(device), requests, options)
 
 
-def check_bursts(device, burst, kind=Engine, **model):
-    """Bursts bring the tokens, and leave the keys and values, of single steps."""
-    world = Real(device, **model)
-    options = [Sampling(9, ignore_eos=True), Sampling(7, 0.8, 20, seed=3), Sampling(5, ignore_eos=True), Sampling(8, 0.9, seed=5)]
-    engines = [world.engine(kind, burst=n, num_pages=60) for n in (1, burst)]
-    left = [engine.generate(prompts(3, 1, 6, 2), options) for engine in engines]
-    assert engines[0].bursts == 0 and engines[1].bursts > 0 and left[0] == left[1]
-    assert left[0] == [want(world, p, s)[0] for p, s in zip(prompts(3, 1, 6, 2), options, strict=True)]
+def check_ahead(device, mode, options, kind=Engine):
+    """Launches of many steps bring the tokens, and leave the keys and values, of single steps."""
+    world = Real(device)
+    samplings = [Sampling(9, ignore_eos=True), Sampling(7, 0.8, 20, seed=3), Sampling(5, ignore_eos=True), Sampling(8, 0.9, seed=5)]
+    engines = [world.engine(kind, num_pages=60, **choice) for choice in (dict(loop=1, burst=1), options)]
+    left = [engine.generate(prompts(3, 1, 6, 2), samplings) for engine in engines]
+    assert {*engines[0].modes} == {"single"} and {*engines[1].modes} == {"single", mode} and left[0] == left[1]
+    assert left[0] == [want(world, p, s)[0] for p, s in zip(prompts(3, 1, 6, 2), samplings, strict=True)]
     for name in ("keys", "values"):
-        single, burst = (getattr(engine.cache, name).view(-1) for engine in engines)
-        assert_same(single.sort().values, burst.sort().values)             # bursts take pages in another order, so slots differ, not their contents
-    return engines[1]
+        single, many = (getattr(engine.cache, name).view(-1) for engine in engines)
+        assert_same(single.sort().values, many.sort().values)             # pages come in another order, so slots differ, not their contents
 
 
-@pytest.mark.parametrize("burst", [2, 5])
-def test_bursts_equal_single_steps(device, burst):
-    check_bursts(device, burst)
+AHEAD = [("burst", dict(loop=1, burst=5)), ("loop", dict(loop=3)), ("loop", dict(loop=64))]
+
+
+@pytest.mark.parametrize("mode, options", AHEAD, ids=str)
+def test_many_steps_a_launch_equal_single_steps(device, mode, options):
+    check_ahead(device, mode, options)
 
 
 class Overrunning(Engine):
-    """Its bursts go one step on, and overwrite the ring's first line."""
+    """Its last step of a launch, or every one, is two."""
 
-    def _reserve_burst(self, *args):
-        burst = self.burst.step
-        self.burst.step = lambda bucket: (burst(bucket), self.step_fn(bucket))
-        return super()._reserve_burst(*args)
+    def capture(self, progress=False):
+        call = self.ahead.runner.step
+        self.ahead.runner.step = lambda bucket: (call(bucket), self.step_fn(bucket))
+        super().capture(progress)
 
 
 class Forgetting(Engine):
-    """Its steps append their tokens to a copy, so that a burst's all compute the first one's."""
+    """Its steps append their tokens to a copy, so that those of a launch all compute the first one's."""
 
-    def _reserve_burst(self, *args):
+    def capture(self, progress=False):
         state = type(self.step_fn).state
         self.step_fn.state = lambda R: replace(state(self.step_fn, R), token_ids=self.step_fn.buffers["token_ids"][:R].clone())
-        return super()._reserve_burst(*args)
+        super().capture(progress)
 
 
+@pytest.mark.parametrize("mode, options", AHEAD[:2], ids=str)
 @pytest.mark.parametrize("kind", [Overrunning, Forgetting])
-def test_a_broken_burst_is_caught(device, kind):
+def test_a_broken_launch_is_caught(device, kind, mode, options):
     with pytest.raises((AssertionError, RuntimeError)):
-        check_bursts(device, 5, kind)
+        check_ahead(device, mode, options, kind)
+
+
+def test_turns_follow_need_pages_and_arrivals(device):
+    """As many as the longest request needs, as there are pages for, one where a request waits; all that they may bring has its pages before."""
+    world, ends = Paper(device), lambda n: Sampling(n, ignore_eos=True)
+    engine = world.engine(loop=64, num_pages=9, max_requests=2)
+    engine.add(prompts(2)[0], ends(9))
+    step(engine)
+    step(engine)
+    assert engine.modes == {"single": 1, "loop": 8} and not engine.busy
+    for n in (20, 20):
+        engine.add(prompts(4)[0], ends(n))
+    step(engine)                                           # 5 tokens each, 8 pages of 4: 12 more fit each
+    step(engine)
+    assert engine.modes == {"single": 2, "loop": 20} and engine.pool.available == 0
+    engine.add(prompts(4)[0], ends(2))
+    step(engine)
+    assert engine.modes == {"single": 3, "loop": 20}, "a request waits"
+
+
+def test_without_a_loop_bursts_serve_and_say_so(device, monkeypatch):
+    monkeypatch.setattr(Loop, "why", "planted")
+    engine = Real(device).engine(loop=64, burst=3)
+    assert engine.why == "planted" and engine.generate(prompts(3), Sampling(7, ignore_eos=True)) == [
+        want(Real(device), prompts(3)[0], Sampling(7, ignore_eos=True))[0]]
+    assert engine.modes == {"single": 1, "burst": 6} and Real(device).engine(loop=1, burst=3).why == ""
 
 
 PENALISED = Sampling(8, 0.7, 40, seed=2, ignore_eos=True, repetition_penalty=2.5, presence_penalty=9.0, frequency_penalty=5.0,
@@ -397,14 +433,14 @@ def adjusted(world, prompt, s):
     return tokens[len(prompt):]
 
 
-@pytest.mark.parametrize("burst", [1, 3])
-def test_penalties_biases_and_bans_follow_their_request(device, burst):
-    """Through single steps, bursts and preemptions, among requests without them."""
+@pytest.mark.parametrize("mode, options", [("single", dict(loop=1, burst=1)), ("burst", dict(loop=1, burst=3)), ("loop", dict(loop=5))], ids=str)
+def test_penalties_biases_and_bans_follow_their_request(device, mode, options):
+    """Through single steps, launches of many and preemptions, among requests without them."""
     world, batch = Real(device), prompts(3, 5, 2)
-    engine = world.engine(burst=burst, num_pages=7)
+    engine = world.engine(num_pages=7, **options)
     options = [PENALISED, Sampling(8, ignore_eos=True), replace(PENALISED, seed=9, temperature=0.0)]
     got = engine.generate(batch, options)
-    assert engine.preemptions > 0 and (burst == 1 or engine.bursts > 0)
+    assert engine.preemptions > 0 and engine.modes[mode] > 0
     assert got == [adjusted(world, batch[0], options[0]), want(world, batch[1], options[1])[0], adjusted(world, batch[2], options[2])]
     assert got[0] != want(world, batch[0], PENALISED)[0] and not {11, 12} & {*got[0], *got[2]}
 
@@ -549,7 +585,7 @@ def test_cancel_leaves_the_others_alone(device, kind, steps, state):
 
 
 def test_ended_and_unknown_requests_cannot_be_cancelled(device):
-    engine = Paper(device).engine(burst=1)
+    engine = Paper(device).engine(loop=1, burst=1)
     ended, cancelled = engine.add([5], Sampling(1)), engine.add([6])
     step(engine)
     engine.cancel(cancelled)
@@ -747,6 +783,8 @@ def test_generate_runs_all_prompts_or_none(device, second, options, error):
     (dict(num_pages=1), "num_pages: got 1, expected at least 2"),
     (dict(page_size=0), "page_size: got 0, expected 1 to 256"),
     (dict(page_size=257), "page_size: got 257, expected 1 to 256"),
+    (dict(loop=0), "loop: got 0, expected at least 1"),
+    (dict(burst=0), "burst: got 0, expected at least 1"),
     (dict(buckets=Buckets([8, 32])), r"buckets: got Buckets\(\[8, 32\]\), expected none above max_tokens = 16"),
 ])
 def test_bad_engines_are_named(device, options, words):

@@ -74,8 +74,8 @@ def random_rows(seed):
             break
         row = Row(torch.randint(0, 1000, (n,), generator=g).tolist(), seq_len, own)
         if draw(0, 1):
-            row = replace(row, temperature=0.5 + draw(0, 10) / 10, top_k=draw(0, 50), top_p=draw(5, 10) / 10, min_p=draw(0, 2) / 10,
-                          seed=draw(0, 2**31))
+            row = replace(row, sampling=Sampling(temperature=0.5 + draw(0, 10) / 10, top_k=draw(0, 50), top_p=draw(5, 10) / 10,
+                                                 min_p=draw(0, 2) / 10, seed=draw(0, 2**31)))
         rows.append(row)
         tokens += n
     return rows
@@ -274,6 +274,8 @@ def test_a_failed_capture_leaves_all_usable(step, kind, options, plant, error, b
         return logits
 
     runner = kind(faulty, Buckets([16, 32]), "cuda", **options)
+    for bucket in runner.buckets:
+        step.plan(bucket)                                # what the step keeps of its own
     was_enabled, before = gc.isenabled(), reserved()
     with eager_memory(), pytest.raises(error):
         runner.capture(progress=False)

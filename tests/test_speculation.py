@@ -14,7 +14,7 @@ LOOPING = [(40 + i) % 80 + 14 for i in range(9)]            # a prompt after whi
 
 def serve(device, batch, options, speculation, **engine):
     world = Real(device)
-    engine = world.engine(speculation=speculation, **dict(burst=4) | engine)
+    engine = world.engine(speculation=speculation, **dict(loop=6) | engine)
     got = engine.generate(batch, options)
     check_books(engine)
     assert got == [want(world, p, s)[0] for p, s in zip(batch, options, strict=True)]
@@ -35,12 +35,13 @@ def calls(prompt, output, s, speculation, device):
     return count
 
 
+@pytest.mark.parametrize("mode, options", [("speculative burst", dict(loop=1, burst=1)), ("speculative loop", dict(loop=8))], ids=str)
 @pytest.mark.parametrize("speculation", [Speculation(3, 1, 2), Speculation(1, 2, 3)], ids=str)
-def test_greedy_equals_plain_in_fewer_steps(device, speculation):
+def test_greedy_equals_plain_in_fewer_steps(device, speculation, mode, options):
     s = Sampling(20, ignore_eos=True)
-    engine = serve(device, [LOOPING], [s], speculation, burst=1)
+    engine = serve(device, [LOOPING], [s], speculation, **options)
     needed = calls(LOOPING, want(Real(device), LOOPING, s)[0], s, speculation, device)
-    assert engine.steps == 1 + needed and needed < 15, f"{engine.steps} steps, expected {1 + needed}"
+    assert engine.modes == {"single": 1, mode: needed} and needed < 15, f"{engine.modes}, expected {needed}"
 
 
 def test_drawn_and_stopped_requests_keep_their_tokens(device):
@@ -52,9 +53,11 @@ def test_drawn_and_stopped_requests_keep_their_tokens(device):
 
 def test_requests_with_penalties_are_not_guessed_for(device):
     world = Real(device)
-    engine = world.engine(speculation=Speculation(3, 1, 2), burst=2)
+    engine = world.engine(speculation=Speculation(3, 1, 2))
     engine.generate([LOOPING], [Sampling(6, ignore_eos=True, frequency_penalty=9.0)])
-    assert engine.bursts > 0 and engine.guess_burst.eager_steps == 0 < engine.burst.eager_steps
+    assert engine.modes == {"single": 1, "loop": 5}
+    engine.generate([LOOPING], [Sampling(6, ignore_eos=True)])
+    assert engine.modes["loop"] == 5 and engine.modes["speculative loop"] > 0
 
 
 def test_drafts_that_are_believed_are_caught(device, monkeypatch):
@@ -66,4 +69,4 @@ def test_drafts_that_are_believed_are_caught(device, monkeypatch):
 
 def test_no_drafts_are_refused(device):
     with pytest.raises(ValueError, match="SpeculativeStep: drafts: got 0, expected at least 1"):
-        SpeculativeStep(Real(device).engine(capture=False).step_fn, Speculation(0), 1)
+        SpeculativeStep(Real(device).engine(capture=False).step_fn, Speculation(0))

@@ -96,6 +96,15 @@ class GraphRunner:
     def verify(self, segments: Segments) -> None:
         """Raises where a capture is not what was asked for."""
 
+    def playable(self, graph: torch.cuda.CUDAGraph) -> Callable[[], None]:
+        """What plays a captured graph on the current stream."""
+        graph.instantiate()
+        return graph.replay
+
+    def call(self, bucket: int) -> object:
+        """What a replay of the bucket does, without a graph."""
+        return self.step(bucket)
+
     def _capture_one(self, bucket, stream, pool):
         start = time.perf_counter()
         stream.wait_stream(torch.cuda.current_stream(self.device))
@@ -105,7 +114,7 @@ class GraphRunner:
             torch.cuda.synchronize(self.device)
             torch.cuda.empty_cache()                    # the pool cannot take what the warm-up leaves cached
             before = torch.cuda.memory_reserved(self.device)
-            with Segments(pool, self.BREAKABLE) as segments:
+            with Segments(pool, self.BREAKABLE, self.playable) as segments:
                 outputs = self.step(bucket)
                 self.verify(segments)
         mib = (torch.cuda.memory_reserved(self.device) - before) / 2**20
@@ -128,7 +137,11 @@ class GraphRunner:
         if self.covers(n):
             return self.replay(n)
         self.eager_steps += 1
-        return self.step(self.buckets.pad(n) if self.buckets.covers(n) else n)
+        return self.call(self.capacity(n))
+
+    def capacity(self, n: int) -> int:
+        """The bucket that `run(n)` takes."""
+        return self.buckets.pad(n) if self.buckets.covers(n) else n
 
     def report(self) -> str:
         """A table of seconds, MiB, nodes and graphs a bucket."""

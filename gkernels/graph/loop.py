@@ -1,4 +1,4 @@
-"""Many steps a launch, for steps that advance their own state on the device."""
+"""Many steps a launch, for steps that advance their own state on the device: unrolled in a graph, or in a WHILE node of one."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 
 from .buckets import Buckets
 from .capture import GraphRunner
+from .conditional import WhileLoop, unavailable
 
 
 class Burst(GraphRunner):
@@ -26,6 +27,46 @@ class Burst(GraphRunner):
             return outputs
         super().__init__(unrolled, buckets, device, checks)
 
-    def capacity(self, n: int) -> int:
-        """The bucket that `run(n)` takes."""
-        return self.buckets.pad(n) if self.buckets.covers(n) else n
+
+class Loop(GraphRunner):
+    """One callable in a WHILE node, one a bucket: a launch turns it while turns are left and rows run, and asks nothing of the host.
+
+    `left` and `running` are int32 [1] on the device. Before `run` the host sets `left` on the stream: the turns that the launch may take, of which
+    each takes one. The step keeps in `running` how many rows go on. As in a Burst, a turn must leave on the device all that the next one reads,
+    and rows that end on the way must cost the others nothing but time. A launch that finds 0 in either leaves everything as it is.
+
+    Where `why` says that no graph can hold a loop, and on a machine without CUDA, Python turns it: same results, but on CUDA it waits for the device
+    before every turn."""
+
+    def __init__(self, step: Callable[[int], object], left: torch.Tensor, running: torch.Tensor, buckets: Buckets, device: torch.device | str,
+                 checks: tuple[Callable[[], None], ...] = ()):
+        super().__init__(step, buckets, device, checks)
+        for name, t in (("left", left), ("running", running)):
+            if t.dtype != torch.int32 or t.shape != (1,):
+                raise ValueError(f"gkernels.graph.Loop: {name}: got {t.dtype} {list(t.shape)}, expected torch.int32 [1]")
+        self.left, self.running = left, running
+
+    @property
+    def why(self) -> str:
+        """Why no graph can hold a loop here, and the mend; "" where one can, and without CUDA."""
+        return unavailable() if self.device.type == "cuda" else ""
+
+    @property
+    def path(self) -> str:
+        return f"WHILE loops on the device ({len(self.graphs)} buckets)" if self.graphs else super().path
+
+    def capture(self, progress: bool = True) -> None:
+        """As GraphRunner.capture; RuntimeError, and nothing touched, where `why` speaks against it."""
+        if self.why:
+            raise RuntimeError(f"gkernels.graph.Loop: capture: {self.why}, or capture a Burst")
+        super().capture(progress)
+
+    def playable(self, graph: torch.cuda.CUDAGraph) -> WhileLoop:
+        return WhileLoop(graph, self.left, self.running)
+
+    def call(self, bucket: int) -> object:
+        outputs = None
+        while int(self.left) > 0 and int(self.running) > 0:
+            outputs = self.step(bucket)
+            self.left -= 1
+        return outputs

@@ -38,10 +38,11 @@ def eager(fn: Callable) -> Callable:
 class Segments:
     """A context that captures its block on the current stream into `pool`; afterwards each of `parts`, called in order, replays it.
 
-    After an exception in the block no graph is left and the stream no longer captures. Only a `breakable` capture may meet eager ops."""
+    After an exception in the block no graph is left and the stream no longer captures. Only a `breakable` capture may meet eager ops.
+    `playable` makes of a captured graph what plays it."""
 
-    def __init__(self, pool: tuple[int, int], breakable: bool):
-        self.pool, self.breakable = pool, breakable
+    def __init__(self, pool: tuple[int, int], breakable: bool, playable: Callable[[torch.cuda.CUDAGraph], Callable[[], None]]):
+        self.pool, self.breakable, self.playable = pool, breakable, playable
         self.parts: list[Callable[[], None]] = []
         self.graphs: list[torch.cuda.CUDAGraph] = []
         self.called: list[Callable] = []               # the eager ops met, in order
@@ -106,8 +107,7 @@ class Segments:
         nodes = count_nodes(graph)
         self.nodes = -1 if nodes < 0 else self.nodes + nodes
         if nodes or not self.breakable:
-            graph.instantiate()
-            self.parts.append(graph.replay)
+            self.parts.append(self.playable(graph))
 
     def _discard(self):
         """Ends a capture that is still open and drops every graph. What the driver says now is no news: an error is under way."""

@@ -2,15 +2,16 @@
 
 Each step takes one token of every decoding request and fills the rest of its token budget with chunks of waiting prompts, so most steps mix
 prefill and decode rows; the whole step, from metadata to sampled tokens, is one replay of one graph. When pages run out, the youngest
-request gives its pages back and waits to be computed again. Where every request decodes, `burst` steps are one replay: the state advances on the
-device, and the host reads their tokens together. A token depends on its own request alone, bit for bit, in steps of up to 64
-tokens; in larger ones torch multiplies, and rounding may differ with the step's size.
+request gives its pages back and waits to be computed again. Where every request decodes and none waits, many steps are one launch: the state
+advances on the device, which stops when all have ended, and the host reads their tokens together. A token depends on its own request alone, bit
+for bit, in steps of up to 64 tokens; in larger ones torch multiplies, and rounding may differ with the step's size.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections import deque
+from bisect import bisect_right
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +19,8 @@ from pathlib import Path
 import torch
 
 from .. import ops
-from ..graph import Buckets, Burst, GraphRunner
+from ..graph import Buckets, GraphRunner
+from .ahead import Ahead
 from .cache import PagedCache, PagePool, bytes_per_page
 from .config import LlamaConfig
 from .llama import Llama
@@ -66,14 +68,20 @@ class Engine:
     """Serves one model. `max_tokens` and `max_requests` bound a step, `max_len` a sequence, `num_pages` the cache;
     a sequence ends too where it alone would fill the cache.
 
-    With `capture` the step is captured for `buckets` (default: `Buckets.up_to(max_tokens)`) at construction on a CUDA device, and `burst` steps in
-    a row for the requests that decode (1: never more than one). With `speculation` the steps of a burst are speculative, where no request of the
-    batch has penalties, biases, bans or min_tokens; the tokens stay the same. Without `adjusts`, no request can have those, and a step is a launch
-    shorter."""
+    With `capture` the step is captured for `buckets` (default: `Buckets.up_to(max_tokens)`) at construction on a CUDA device.
+
+    Where every request decodes and none waits, up to `loop` steps are one launch, as many as there are pages for, and their tokens come together.
+    So a request that arrives meanwhile waits for that many steps: `loop` weighs its delay against the host's work a token. Where it is 1, or no
+    graph can hold a loop (`why` says why), launches of exactly `burst` steps take its place; 1: none.
+
+    With `speculation` the steps of such launches are speculative, where no request of the batch has penalties, biases, bans or min_tokens; the
+    tokens stay the same. Without `adjusts`, no request can have those, and a step is a launch shorter.
+
+    `modes` counts steps by how they ran: "single", "loop" or "burst", and the latter two with "speculative" before."""
 
     def __init__(self, model: Llama, max_tokens: int = 512, max_requests: int = 32, max_len: int | None = None, page_size: int = 16,
                  num_pages: int | None = None, buckets: Buckets | None = None, capture: bool = True, progress: bool = False,
-                 burst: int = 8, adjusts: bool = True, speculation: Speculation | None = None):
+                 loop: int = 64, burst: int = 8, adjusts: bool = True, speculation: Speculation | None = None):
         c, weights = model.config, model.weights
         self.max_len = min(model.cos_sin.shape[0] if max_len is None else max_len, model.cos_sin.shape[0])
         if not 1 <= page_size <= 256:
@@ -81,7 +89,7 @@ class Engine:
         pages_a_request = -(-self.max_len // page_size)
         num_pages = max_requests * pages_a_request + 1 if num_pages is None else num_pages
         bounds = (("max_tokens", max_tokens, 1), ("max_requests", max_requests, 1), ("max_len", self.max_len, 2), ("num_pages", num_pages, 2),
-                  ("burst", burst, 1))
+                  ("loop", loop, 1), ("burst", burst, 1))
         for name, value, least in bounds:
             if value < least:
                 raise ValueError(f"gkernels.Engine: {name}: got {value}, expected at least {least}")
@@ -101,23 +109,40 @@ class Engine:
         device, dtype = weights.embed.device, weights.embed.dtype
         self.check_memory(num_pages * bytes_per_page(c.num_layers, page_size, c.num_kv_heads, c.head_dim, dtype), device)
         self.cache = PagedCache.allocate(c.num_layers, num_pages, page_size, c.num_kv_heads, c.head_dim, dtype, device)
-        self.step_fn = Step(model, self.cache, max_tokens, max_requests, self.max_len, burst, adjusts, speculation is not None)
-        self.runner = GraphRunner(self.step_fn, buckets or Buckets.up_to(max_tokens), device, (self.step_fn.buffers.check_addresses,))
-        checks, places = (self.step_fn.buffers.check_addresses,), Buckets.up_to(max_requests)
-        self.burst = Burst(self.step_fn, burst, places, device, checks)
-        self.guesses = SpeculativeStep(self.step_fn, speculation, -(-burst // (speculation.drafts + 1))) if speculation else None
-        self.guess_burst = Burst(self.guesses, self.guesses.steps, places, device, checks) if self.guesses else None
+        width = speculation.drafts + 1 if speculation else 1
+        s = self.step_fn = Step(model, self.cache, max_tokens, max_requests, self.max_len, max(loop, burst) + width - 1, adjusts,
+                                speculation is not None)
+        self.runner = GraphRunner(s, buckets or Buckets.up_to(max_tokens), device, (s.buffers.check_addresses,))
+        self.ahead = Ahead.build(s, s, loop, burst)
+        self.guesses = Ahead.build(SpeculativeStep(s, speculation), s, loop, burst, width) if speculation else None
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
         self.requests: dict[int, Request] = {}
-        self.steps = self.bursts = self.preemptions = 0
+        self.modes: Counter[str] = Counter()
+        self.preemptions = 0
         self._slots = list(range(max_requests))
         self._ids = itertools.count()
         if capture:
-            self.runner.capture(progress)
-            for runner in (self.burst if burst > 1 else None, self.guess_burst):
-                if runner:
-                    runner.capture(progress)
+            self.capture(progress)
+
+    def capture(self, progress: bool = False) -> None:
+        """Captures every graph, and those that there are once more; nothing without CUDA."""
+        for runner in self.runners:
+            runner.capture(progress)
+
+    @property
+    def runners(self) -> list[GraphRunner]:
+        """Of single steps and of those that launches of many take."""
+        return [self.runner, *(ahead.runner for ahead in (self.ahead, self.guesses) if ahead and ahead.choices(ahead.most))]
+
+    @property
+    def why(self) -> str:
+        """Why there are bursts where a loop was asked for, and the mend; "" where it is not so."""
+        return self.ahead.why
+
+    @property
+    def steps(self) -> int:
+        return sum(self.modes.values())
 
     @classmethod
     def from_dir(cls, path: str | Path, device: torch.device | str | None = None, dtype: torch.dtype | None = None, max_len: int | None = None,
@@ -172,32 +197,32 @@ class Engine:
         return bool(self.waiting or self.running)
 
     def step(self) -> list[Event]:
-        """Computes one batch, or a burst of them, and returns what it brought. With nothing to do, returns [] at once."""
+        """Computes one batch, or as many steps of it as one launch takes, and returns what it brought. With nothing to do, returns [] at once."""
         batch = self._schedule()
         if not batch:
             return []
-        guesses = self.guesses if not any(r.sampling.adjusts for r, _ in batch) else None
-        runner = self.guess_burst if guesses and self.guess_burst else self.burst
-        is_burst = self._reserve_burst(batch, runner.steps, guesses.lines if guesses else runner.steps)
-        num_tokens = self.step_fn.stage([self._row(request, n) for request, n in batch])
-        if is_burst:
-            runner.run(num_tokens)
-            lines, status = (guesses.read if guesses else self.step_fn.read_ring)(runner.capacity(num_tokens), len(batch))
+        ahead = self.guesses if self.guesses and not any(r.sampling.adjusts for r, _ in batch) else self.ahead
+        turns = self._reserve_turns(batch, ahead)
+        num_tokens = self.step_fn.stage([self._row(request, n) for request, n in batch], turns)
+        if turns:
+            ahead.runner.run(num_tokens)
+            lines, status = self.step_fn.read_ring(ahead.runner.capacity(num_tokens), len(batch))
+            self.modes[ahead.mode] += len(lines) // ahead.width
         else:
             self.runner.run(num_tokens)
             tokens, status = self.step_fn.read(len(batch))
             lines = [[-1 if flags else token for token, flags in zip(tokens, status, strict=True)]]
-        self.steps, self.bursts = self.steps + (runner.steps if is_burst else 1), self.bursts + is_burst
+            self.modes["single"] += 1
         events, lengths = [], [request.length for request, _ in batch]
         for tokens in lines:
             for (request, n), token, flags in zip(batch, tokens, status, strict=True):
-                if not request.finish_reason and (token >= 0 or not (flags or is_burst)):
+                if not request.finish_reason and (token >= 0 or not (flags or turns)):
                     request.computed += n
                     if token >= 0 and request.computed == request.length:       # the whole of it is in the cache: this token is the next
                         events.append(self._append(request, token))
         for (request, _), flags, length in zip(batch, status, lengths, strict=True):
-            is_stuck = request.length == length and (is_burst or request.computed == length)
-            if not request.finish_reason and (flags or is_stuck):               # in a burst, tokens before the error have counted
+            is_stuck = request.length == length and (turns or request.computed == length)
+            if not request.finish_reason and (flags or is_stuck):               # of many turns, those before the error have counted
                 words = ", ".join(words for bit, words in STATUS.items() if flags & bit) or "no token"
                 events.append(self._finish(request, f"error: {words}"))
         return events
@@ -207,15 +232,20 @@ class Engine:
         return Row(request.next_tokens(n), computed, request.pages, s, computed == request.length, len(request.output), self.max_len,
                    s.ends(self.model.config.eos_token_ids), request.slot)
 
-    def _reserve_burst(self, batch, steps, tokens):
-        """Whether the batch can go on for `steps` by itself: every request decodes, none waits, one at least lasts it out, and there are pages for as
-        many as `tokens` each."""
+    def _reserve_turns(self, batch, ahead):
+        """How many turns the batch takes by itself: as many as it needs and there are pages for, where every request decodes and none waits; else 0.
+        The pages for what each request may bring are then its own."""
+        if self.waiting or len(batch) < len(self.running) or any(n != 1 or r.computed + 1 != r.length for r, n in batch):
+            return 0
         left = [min(r.sampling.max_tokens - len(r.output), self.max_len - r.length) for r, _ in batch]
-        decodes = all(n == 1 and r.computed + 1 == r.length for r, n in batch) and len(batch) == len(self.running)
-        if tokens == 1 or self.waiting or not decodes or max(left) < steps:
-            return False
-        wanted = [(r, min(tokens, most)) for (r, _), most in zip(batch, left, strict=True)]
-        return sum(self._missing(*w) for w in wanted) <= self.pool.available and all(self._reserve(*w) for w in wanted)
+        wanted = lambda turns: [(r, min(turns * ahead.width, most)) for (r, _), most in zip(batch, left, strict=True)]
+        choices = ahead.choices(max(left))
+        fits = bisect_right(choices, self.pool.available, key=lambda turns: sum(self._missing(*w) for w in wanted(turns)))
+        if not fits:
+            return 0
+        for request, tokens in wanted(choices[fits - 1]):
+            self._reserve(request, tokens)
+        return choices[fits - 1]
 
     def _append(self, request, token):
         request.output.append(token)

@@ -26,16 +26,14 @@ class Speculation:
 
 
 class SpeculativeStep:
-    """A Step's callable for requests of one token each, captured for buckets of requests. A call brings up to drafts + 1 tokens a request, one in
-    each line of its part of the ring, which holds `steps` calls."""
+    """A Step's callable for requests of one token each, captured for buckets of requests. A call brings up to drafts + 1 tokens a request, and
+    advances the state that often: so many lines of the step's ring are its."""
 
-    def __init__(self, step: Step, speculation: Speculation, steps: int):
+    def __init__(self, step: Step, speculation: Speculation):
         R, K, V, device = step.max_requests, speculation.drafts, step.model.config.vocab_size, step.device
         if K < 1:
             raise ValueError(f"gkernels.SpeculativeStep: drafts: got {K}, expected at least 1")
-        self.step, self.speculation, self.steps, self.lines = step, speculation, steps, steps * (K + 1)
-        self._ring = torch.zeros(self.lines * R, dtype=torch.int32, device=device)
-        self._ring_host = torch.zeros(self.lines * R, dtype=torch.int32, pin_memory=device.type == "cuda")
+        self.step, self.speculation = step, speculation
         self._ngram = ops.NgramWorkspace.allocate(R, device)
         self._sampling = ops.SamplingWorkspace.allocate(R * (K + 1), V, device)
         self._plans: dict[int, ops.Schedule] = {}
@@ -53,8 +51,8 @@ class SpeculativeStep:
     def __call__(self, bucket: int) -> torch.Tensor:
         """Launches a step for at most `bucket` requests and returns the logits of all rows, [bucket * (drafts + 1), V]."""
         s, K, V = self.step, self.speculation.drafts, self.step.model.config.vocab_size
-        b = {name: s.buffers[name][:bucket] for name in s.buffers.fields if name not in ("step", "running", "token_ids", "query_start_loc")}
-        state = replace(s.state(bucket), ring=self._ring[:self.lines * bucket].view(self.lines, bucket))
+        b = {name: s.buffers[name][:bucket] for name in s.buffers.fields if name not in ("running", "turns", "token_ids", "query_start_loc")}
+        state = s.state(bucket)
         new = lambda *shape: torch.empty(shape, dtype=torch.int32, device=s.device)
         draft, draft_len, tokens, num_accepted = new(bucket, K), new(bucket), new(bucket, K + 1), new(bucket)
         limits = torch.minimum(b["max_tokens"] - b["generated"], b["max_lens"] - b["seq_lens"]) - 1        # what may follow this step's own token
@@ -74,9 +72,3 @@ class SpeculativeStep:
             emits = b["emits"] if j == 0 else b["emits"] * (num_accepted >= j)                             # a failed row ends at its first
             ops.advance(columns[j], plan.status, replace(state, emits=emits), V)
         return logits
-
-    def read(self, bucket: int, num_requests: int) -> tuple[list[list[int]], list[int]]:
-        """Waits for the calls since the batch was staged and returns their lines, -1 where a row brought no token, and the status of failed rows."""
-        self._ring_host.copy_(self._ring, non_blocking=True)
-        flags = self.step.buffers["flags"][:num_requests].to("cpu")                                        # waits for both
-        return self._ring_host[:self.lines * bucket].view(self.lines, bucket)[:, :num_requests].tolist(), flags.tolist()

@@ -1,7 +1,8 @@
 """One step of a batch, from metadata to sampled tokens, over static tensors: the callable that a graph captures.
 
 The host stages the batch, uploads it in one copy, runs the step for a bucket and reads tokens and status in one copy. The step also advances the
-state of rows that emit, on the device: where every row decodes one token, the same callable is the next step, and the one after that.
+state of rows that emit, on the device: where every row decodes one token, the same callable is the next step, and the one after that. What many
+steps in a row bring is noted on the device and read in one copy too.
 """
 
 from __future__ import annotations
@@ -41,13 +42,13 @@ DRAWN = {"temperature": (torch.float32, 0), "top_k": (torch.int32, 0), "top_p": 
 ADJUSTED = {"bias_ids": "bias_ids", "bias": "bias", "repetition": "repetition_penalty", "presence": "presence_penalty",
             "frequency": "frequency_penalty", "banned_ids": "banned_ids", "stop_ids": "stop_ids", "min_tokens": "min_tokens",
             "generated": "generated", "slots": "slots"}
-ADVANCED = ("emits", "stop_ids", "max_tokens", "max_lens", "token_ids", "seq_lens", "generated", "ended", "flags", "slots")
+ADVANCED = ("emits", "stop_ids", "max_tokens", "max_lens", "token_ids", "seq_lens", "generated", "ended", "slots")
 
 
 class Step:
     """Static state for at most `max_tokens` tokens of at most `max_requests` requests a step. `step(bucket)` launches the kernels. `depth` is how
-    many steps' tokens the ring holds; without `adjusts` logits are drawn from as they are, and Sampling's penalties, biases and bans do nothing;
-    `has_history` keeps all tokens of a sequence on the device, for drafts."""
+    many tokens a request may bring before `read_ring`; without `adjusts` logits are drawn from as they are, and Sampling's penalties, biases and
+    bans do nothing; `has_history` keeps all tokens of a sequence on the device, for drafts."""
 
     def __init__(self, model: Llama, cache: PagedCache, max_tokens: int, max_requests: int, max_len: int, depth: int = 1, adjusts: bool = True,
                  has_history: bool = False):
@@ -61,11 +62,12 @@ class Step:
             "block_table": Field((R, self.table_width)), **{name: Field((R,), dtype, off) for name, (dtype, off) in DRAWN.items()},
             "stop_ids": Field((R, MAX_STOP_IDS), pad=-1), "banned_ids": Field((R, MAX_BANNED_IDS), pad=-1), "bias_ids": Field((R, MAX_BIAS), pad=-1),
             "bias": Field((R, MAX_BIAS), real), "emits": Field((R,)), "generated": Field((R,)), "max_lens": Field((R,)), "slots": Field((R,)),
-            "ended": Field((R,)), "flags": Field((R,)), "step": Field((1,)), "running": Field((1,))}, device)
+            "ended": Field((R,)), "running": Field((1,)), "turns": Field((1,))}, device)
         self.results = torch.zeros(2, -(-R // 4) * 4, dtype=torch.int32, device=device)       # tokens, status; rows 16-byte aligned
         self._results_host = torch.zeros(self.results.shape, dtype=torch.int32, pin_memory=device.type == "cuda")
-        self._ring = torch.zeros(depth * R, dtype=torch.int32, device=device)
-        self._ring_host = torch.zeros(depth * R, dtype=torch.int32, pin_memory=device.type == "cuda")
+        self._news = torch.zeros(1 + R + depth * R, dtype=torch.int32, device=device)         # steps since the batch was staged, flags, the ring
+        self._news_host = torch.zeros(self._news.shape, dtype=torch.int32, pin_memory=device.type == "cuda")
+        self._news_read = torch.cuda.Event(blocking=True) if device.type == "cuda" else None  # whose wait leaves the processor to others
         lines = R if adjusts else 0
         self.counts, self.prompt = (torch.zeros(lines, width, dtype=torch.int32, device=device) for width in (V, -(-V // 32)))
         self.history = torch.zeros(R if has_history else 0, max_len, dtype=torch.int32, device=device)
@@ -75,9 +77,9 @@ class Step:
         self._counters = torch.zeros(max(tiling.counters for tiling in tilings), dtype=torch.int32, device=device)
         self._sampling = ops.SamplingWorkspace.allocate(R, V, device)
 
-    def stage(self, rows: list[Row]) -> int:
-        """Puts a batch into the static buffers and returns its number of tokens. ValueError, and nothing staged, for a batch that does not fit
-        the capacities, and for a row without tokens or without pages of its own for all of them."""
+    def stage(self, rows: list[Row], turns: int = 1) -> int:
+        """Puts a batch into the static buffers and returns its number of tokens. `turns` is how many steps a Loop may take of it. ValueError, and
+        nothing staged, for a batch that does not fit the capacities, and for a row without tokens or without pages of its own for all of them."""
         lens = [len(row.token_ids) for row in rows]
         tokens = sum(lens)
         if tokens > self.max_tokens or len(rows) > self.max_requests:
@@ -102,7 +104,10 @@ class Step:
         stage("banned_ids", [row.sampling.banned_token_ids for row in rows])
         stage("bias_ids", [[*row.sampling.logit_bias] for row in rows])
         stage("bias", [[*row.sampling.logit_bias.values()] for row in rows])
+        stage("running", [len(rows)])
+        stage("turns", [turns])
         self.buffers.upload()
+        self._news[:1 + self.max_requests].zero_()
         return tokens
 
     def requests(self, bucket: int) -> int:
@@ -142,9 +147,13 @@ class Step:
         return ops.Adjustments(**{name: self.buffers[source][:R] for name, source in ADJUSTED.items()}, counts=self.counts, prompt=self.prompt)
 
     def state(self, R: int) -> ops.State:
-        b = self.buffers
-        return ops.State(**{name: b[name][:R] for name in ADVANCED}, ring=self._ring[:self.depth * R].view(self.depth, R), step=b["step"],
-                         running=b["running"], counts=self.counts if self.adjusts else None, history=self.history if len(self.history) else None)
+        b, (step, flags, ring) = self.buffers, self.news(self._news, R)
+        return ops.State(**{name: b[name][:R] for name in ADVANCED}, flags=flags, ring=ring, step=step, running=b["running"],
+                         counts=self.counts if self.adjusts else None, history=self.history if len(self.history) else None)
+
+    def news(self, values, R: int) -> tuple:
+        """Views of `_news`, or of its copy on the host, for a capacity of R requests: step [1], flags [R], ring [depth, R]."""
+        return values[:1], values[1:1 + R], values[1 + R:1 + R + self.depth * R].reshape(self.depth, R)
 
     def __call__(self, bucket: int) -> torch.Tensor:
         """Launches schedule, model, sampling and advance for a capacity of `bucket` tokens. Tokens and status land in `results`; returns logits."""
@@ -167,12 +176,14 @@ class Step:
         return tokens, status
 
     def read_ring(self, bucket: int, num_requests: int) -> tuple[list[list[int]], list[int]]:
-        """Waits for `depth` steps since the batch was staged and returns their tokens, a list a step with -1 for rows that brought none, and the
-        status of rows that ended with an error."""
-        R = self.requests(bucket)
-        self._ring_host.copy_(self._ring, non_blocking=True)
-        flags = self.buffers["flags"][:num_requests].to("cpu")                                 # waits for both
-        return self._ring_host[:self.depth * R].view(self.depth, R)[:, :num_requests].tolist(), flags.tolist()
+        """Waits for the steps since the batch was staged and returns their tokens, a list for each time that the state was advanced, with -1 for rows
+        that brought none, and the status of rows that ended with an error. One copy, one wait, however many steps."""
+        self._news_host.copy_(self._news, non_blocking=True)
+        if self._news_read is not None:
+            self._news_read.record()
+            self._news_read.synchronize()
+        step, flags, ring = self.news(self._news_host.numpy(), self.requests(bucket))          # whose views cost a tenth of a tensor's
+        return ring[:step[0], :num_requests].tolist(), flags[:num_requests].tolist()
 
     def _wait(self):
         if self.device.type == "cuda":
