@@ -151,6 +151,19 @@ def enter(weight_ptr, rows, split, C: tl.constexpr):
 
 
 @triton.jit
+def _norm(norm_ptr, k, C: tl.constexpr):
+    """Norm weights [BLOCK_K] from k on, in float32. Halves are read as pairs, since what the pipeline fetches ahead has 4 bytes a thread or more."""
+    if norm_ptr.dtype.element_ty == tl.float32 or C.K != C.BLOCK_K * C.STEPS * C.SPLITS:
+        offs_k = k + tl.arange(0, C.BLOCK_K)
+        return tl.load(norm_ptr + offs_k, offs_k < C.K, other=0.0).to(tl.float32)
+    else:
+        pairs = tl.load(norm_ptr.to(tl.pointer_type(tl.int32)) + k // 2 + tl.arange(0, C.BLOCK_K // 2))
+        low, high = (pairs & 0xFFFF).to(tl.int16), (pairs >> 16).to(tl.int16)
+        norm_type: tl.constexpr = norm_ptr.dtype.element_ty
+        return tl.interleave(low.to(norm_type, bitcast=True).to(tl.float32), high.to(norm_type, bitcast=True).to(tl.float32))
+
+
+@triton.jit
 def sums(
     x_ptr,         # [T, K]
     weight_ptr,    # [N, K]
@@ -168,8 +181,6 @@ def sums(
     weight_tile = weight_ptr + rows[:, None] * C.K + (first_k + offs_k)[None, :]
     acc = tl.full((C.BLOCK_N, C.BLOCK_M), 0, tl.float32) + zero
     gram = tl.full((C.BLOCK_M, C.BLOCK_M), 0, tl.float32) + zero
-    if norm_ptr is not None:
-        norm_next = tl.load(norm_ptr + first_k + offs_k, first_k + offs_k < C.K, other=0.0)      # a step ahead: it is no operand, so no stage holds it
     for k in range(0, C.STEPS * C.BLOCK_K, C.BLOCK_K):
         if C.EVEN:
             weight = tl.load(weight_tile + k, eviction_policy="evict_first")
@@ -180,8 +191,7 @@ def sums(
             x = tl.load(x_tile + k, mask_live[:, None] & mask_k, other=0.0)
         if norm_ptr is not None:
             gram = tl.dot(x, x.T, gram, input_precision="ieee")
-            norm = norm_next.to(tl.float32)
-            norm_next = tl.load(norm_ptr + first_k + C.BLOCK_K + k + offs_k, first_k + C.BLOCK_K + k + offs_k < C.K, other=0.0)
+            norm = _norm(norm_ptr, first_k + k, C)
             x = (x.to(tl.float32) * norm[None, :]).to(x.dtype)
         acc = tl.dot(weight, x.T, acc, input_precision="ieee")
     return acc, gram
@@ -213,14 +223,26 @@ def leave(acc, square, partials_ptr, counters_ptr, tile, split, HAS_NORM: tl.con
 @triton.jit
 def collect(acc, square, partials_ptr, tile, HAS_NORM: tl.constexpr, C: tl.constexpr):
     """The sums over all splits, in their order."""
+    SPLITS: tl.constexpr = C.SPLITS
     offs_n, offs_m = tl.arange(0, C.BLOCK_N), tl.arange(0, C.BLOCK_M)
     acc, square = tl.zeros_like(acc), tl.zeros_like(square)
-    for split in range(C.SPLITS):
+    for split in tl.static_range(SPLITS):                   # unrolled: all loads are under way before the first is waited for
         part = _partial(partials_ptr, tile, split, C)
         acc += tl.load(part + offs_n[:, None] * C.BLOCK_M + offs_m[None, :], cache_modifier=".cg")
         if HAS_NORM:
             square += tl.load(part + C.BLOCK_N * C.BLOCK_M + offs_m, cache_modifier=".cg")
     return acc, square
+
+
+@triton.jit
+def normed(acc, square, bias_ptr, rows, eps, C: tl.constexpr):
+    """The sums, scaled by each row's 1 / rms, plus the bias; fused by name, so that no layout decides whether the compiler does it."""
+    scale = tl.broadcast_to(tl.rsqrt(square / C.K + eps)[None, :], acc.shape)
+    if bias_ptr is not None:
+        bias = tl.load(bias_ptr + rows, rows < C.N, other=0.0).to(tl.float32)
+        return tl.fma(acc, scale, tl.broadcast_to(bias[:, None], acc.shape))
+    else:
+        return acc * scale
 
 
 @triton.jit

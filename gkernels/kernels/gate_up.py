@@ -46,10 +46,7 @@ def _norm_gate_up_kernel(
             return
     mask_live = offs_m < live
     acc, gram = _product.sums(x_ptr, weight_ptr, norm_ptr, rows, offs_m, mask_live, stride_xt, split, (T >> 31).to(tl.float32), C)
-    acc *= tl.rsqrt(_product.squares(gram, C) / C.K + eps)[None, :]
-    if bias_ptr is not None:
-        acc += tl.load(bias_ptr + rows, rows < C.N, other=0.0).to(tl.float32)[:, None]
-    gate, up = _product.halves(acc, C)
+    gate, up = _product.halves(_product.normed(acc, _product.squares(gram, C), bias_ptr, rows, eps, C), C)
     out_tile = tl.where(mask_live[None, :], gate / (1.0 + tl.exp(-gate)) * up, 0.0)
     tl.store(out, out_tile.to(out_ptr.dtype.element_ty), mask_out)
 

@@ -46,6 +46,8 @@ def _linear_kernel(
             tl.store(out, tl.full((C.BLOCK_N, C.BLOCK_M), 0, out_ptr.dtype.element_ty), mask_out & (split == 0))
             return
     mask_live = offs_m < live
+    if IS_RESIDUAL:             # early, though only the tile's last program needs it: a load from L2 takes as long as the sums of a small product
+        residual = tl.load(out, mask_out & mask_live[None, :], other=0.0).to(tl.float32)
     acc, gram = _product.sums(x_ptr, weight_ptr, norm_ptr, offs_n.to(tl.int64), offs_m, mask_live, stride_xt, split, (T >> 31).to(tl.float32), C)
     square = _product.squares(gram, C)
     if C.SPLITS > 1:
@@ -53,11 +55,11 @@ def _linear_kernel(
             return
         acc, square = _product.collect(acc, square, partials_ptr, tile, norm_ptr is not None, C)
     if norm_ptr is not None:
-        acc *= tl.rsqrt(square / C.K + eps)[None, :]
-    if bias_ptr is not None:
+        acc = _product.normed(acc, square, bias_ptr, offs_n, eps, C)
+    elif bias_ptr is not None:
         acc += tl.load(bias_ptr + offs_n, offs_n < C.N, other=0.0).to(tl.float32)[:, None]
     if IS_RESIDUAL:
-        acc += tl.load(out, mask_out & mask_live[None, :], other=0.0).to(tl.float32)
+        acc += residual
     tl.store(out, tl.where(mask_live[None, :], acc, 0.0).to(out_ptr.dtype.element_ty), mask_out)
 
 

@@ -93,12 +93,9 @@ def _norm_qkv_kernel(
         if not _product.leave(acc, square, partials_ptr, counters_ptr, tile, split, True, C):
             return
         acc, square = _product.collect(acc, square, partials_ptr, tile, True, C)
-    acc *= tl.rsqrt(square / C.K + eps)[None, :]
-    if bias_ptr is not None:
-        acc += tl.load(bias_ptr + rows, is_row, other=0.0).to(tl.float32)[:, None]
-    first, second = _product.halves(acc, C)                 # [HALF, BLOCK_M]
+    first, second = _product.halves(_product.normed(acc, square, bias_ptr, rows, eps, C), C)      # [HALF, BLOCK_M]
     if q_norm_ptr is not None or k_norm_ptr is not None:
-        scale = tl.rsqrt(_column_sums(first * first + second * second, HALF) / D + eps)
+        scale = tl.rsqrt(_column_sums(tl.fma(first, first, second * second), HALF) / D + eps)
         if q_norm_ptr is not None:
             if head < H:
                 first *= scale * tl.load(q_norm_ptr + offs_first, is_first, other=0.0).to(tl.float32)
@@ -113,7 +110,7 @@ def _norm_qkv_kernel(
         angles = cos_sin_ptr + tl.where(is_known, position, 0) * (2 * ROTARY) + pair[:, None]
         cos = tl.load(angles, is_rotary & is_known, other=1.0)
         sin = tl.load(angles + ROTARY, is_rotary & is_known, other=0.0)
-        # explicit fma: the bits do not depend on which of the two products a compiler would fuse
+        # explicit fma, here and above: the bits do not depend on which of the two products a compiler would fuse
         turned, nan = tl.fma(first, cos, -(second * sin)), float("nan")
         second = tl.where(is_known, tl.where(is_rotary, tl.fma(second, cos, first * sin), second), nan)
         first = tl.where(is_known, tl.where(is_rotary, turned, first), nan)
