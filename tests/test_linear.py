@@ -210,7 +210,7 @@ def test_no_rows(device):
 @pytest.mark.parametrize("is_split", [False, True])
 def test_config_fixes_the_k_order_and_fits_the_chip(monkeypatch, dtype, is_split):
     monkeypatch.setattr("gkernels.kernels._check.INTERPRETED", False)
-    monkeypatch.setattr("gkernels.kernels._product.overlaps", lambda: True)
+    monkeypatch.setattr("gkernels.kernels._product.capability", lambda: 90)
     for N, K in ((1, 1), (2048, 2048), (2048, 8192), (3072, 2048), (16384, 2048), (28672, 4096), (4096, 14336), (128256, 4096)):
         configs = [room.config(T, N, K, dtype, is_split) for T in (1, 16, 17, 40, 64)]
         assert len({(c.BLOCK_N, c.BLOCK_K, c.SPLITS, c.num_warps) for c in configs}) == 1

@@ -25,6 +25,7 @@ MOST_TOKENS = 64          # above it cuBLAS is 1.2 to 4 times faster on the H200
 MULTIPROCESSORS = 132     # of the H100 and the H200: fewer programs than this leave read bandwidth idle
 SHARED_BYTES = 96 << 10   # what every GPU since 2020 gives a block
 MOST_SPLIT = 288          # programs of a product whose K is split: two a multiprocessor, and some
+MOST_SPLITS = 4           # of one K: 8 gain 4 % at one token where N = 2048 and K = 8192, and lose 15 % at 64, where the last program has more to add
 AHEAD_BYTES = 1024        # of each weight row that a program asks for before it waits
 
 
@@ -49,7 +50,8 @@ class Tile:
         return (triton.cdiv(T, self.BLOCK_M) * self.TILES * self.SPLITS,)
 
     def options(self) -> dict[str, object]:
-        return dict(num_warps=self.num_warps, num_stages=self.num_stages) | ({"launch_pdl": True} if self.LINES else {})
+        overlap = {"launch_pdl": True} if self.LINES else {}
+        return dict(num_warps=self.num_warps, num_stages=self.num_stages) | overlap | _check.registers(255)      # else sm_80 spills at 72
 
 
 @dataclass(frozen=True)
@@ -65,15 +67,18 @@ class Workspace:
                    torch.zeros(MOST_SPLIT * 4, dtype=torch.int32, device=device))
 
 
+def capability() -> int:
+    """Of the GPU that kernels are compiled for, 90 for Hopper; 0 where that is none of NVIDIA's."""
+    target = None if _check.INTERPRETED else triton.runtime.driver.active.get_current_target()
+    return target.arch if target and target.backend == "cuda" else 0
+
+
 def overlaps() -> bool:
     """Whether nodes of a graph may overlap on the device that kernels are compiled for."""
-    if _check.INTERPRETED:
-        return False
-    target = triton.runtime.driver.active.get_current_target()
-    return target.backend == "cuda" and target.arch >= 90
+    return capability() >= 90
 
 
-def tile(T: int, N: int, K: int, dtype: torch.dtype, splits: bool, group: tuple[int, int] | None = None) -> Tile:
+def tile(T: int, N: int, K: int, dtype: torch.dtype, splits: bool, normed: bool, group: tuple[int, int] | None = None) -> Tile:
     """How the product of T rows with [N, K] is cut. group: (rows, tiles), where the caller's rows come in groups, each padded to that many."""
     if _check.INTERPRETED:    # which pays 0.1 ms an operation whatever its size: few tiles, each as large as may be
         BLOCK_M, BLOCK_N = (max(triton.next_power_of_2(n), 16) for n in (T, N))
@@ -82,7 +87,7 @@ def tile(T: int, N: int, K: int, dtype: torch.dtype, splits: bool, group: tuple[
         BLOCK_K = min(max(triton.next_power_of_2(triton.cdiv(K, SPLITS)), 16), 256)
     else:
         BLOCK_N, TILES = group or _rows(N, dtype, splits)
-        BLOCK_M, BLOCK_K, SPLITS, num_warps, num_stages = _block(T, K, dtype, splits, BLOCK_N, TILES)
+        BLOCK_M, BLOCK_K, SPLITS, num_warps, num_stages = _block(T, K, dtype, splits, normed, BLOCK_N, TILES)
     STEPS = triton.cdiv(triton.cdiv(K, BLOCK_K), SPLITS)
     lines = min(STEPS * BLOCK_K * dtype.itemsize, AHEAD_BYTES) // 128
     return Tile(N, K, TILES, BLOCK_M, BLOCK_N, BLOCK_K, SPLITS, STEPS, N == BLOCK_N * TILES and K == BLOCK_K * SPLITS * STEPS,
@@ -101,16 +106,20 @@ def _rows(N, dtype, splits):
     return rows, triton.cdiv(N, rows)
 
 
-def _block(T, K, dtype, splits, BLOCK_N, TILES):
+def _block(T, K, dtype, splits, normed, BLOCK_N, TILES):
     """(BLOCK_M, BLOCK_K, SPLITS, num_warps, num_stages)"""
     half = dtype != torch.float32
-    BLOCK_M = min(max(triton.next_power_of_2(T), 16), max((64 if half else 32) * 128 // max(BLOCK_N, 128), 16))
-    BLOCK_K = next((b for b in (128, 64) if K % b == 0 and half), 32)            # masked tiles of 128 x 128 spill
+    # Only Hopper's products take x from shared memory: elsewhere it passes through registers, and 64 rows of it spill beside their squares
+    widest = (64 if half else 32) // (2 if normed and not (half and capability() // 10 == 9) else 1)
+    BLOCK_M = min(max(triton.next_power_of_2(T), 16), max(widest * 128 // max(BLOCK_N, 128), 16))
+    # Masked tiles of 128 x 128 spill, and heads of 128 rows leave room for two stages of 128 columns only
+    BLOCK_K = next((b for b in (128, 64) if K % b == 0 and half and b * BLOCK_N <= 8192), 32 if half or BLOCK_N < 128 else 16)
     SPLITS = 1
-    while splits and TILES * SPLITS * 2 <= MOST_SPLIT and K >= BLOCK_K * SPLITS * 4:
+    while splits and SPLITS < MOST_SPLITS and TILES * SPLITS * 2 <= MOST_SPLIT and K >= BLOCK_K * SPLITS * 4:
         SPLITS *= 2
-    wanted = 4 if BLOCK_N >= 64 else 6              # the best of 3 to 8 on the H200 at one token
-    return BLOCK_M, BLOCK_K, SPLITS, 4, min(wanted, SHARED_BYTES // ((BLOCK_M + BLOCK_N) * BLOCK_K * dtype.itemsize))
+    wanted = 4 if BLOCK_N == 64 else 6              # the best of 3 to 8 on the H200 at one token
+    num_warps = 8 if BLOCK_N >= (256 if half else 128) else 4
+    return BLOCK_M, BLOCK_K, SPLITS, num_warps, min(wanted, SHARED_BYTES // ((BLOCK_M + BLOCK_N) * BLOCK_K * dtype.itemsize))
 
 
 def check_norm(op: str, norm: torch.Tensor, K: int, x: torch.Tensor) -> None:

@@ -54,7 +54,7 @@ def _norm_gate_up_kernel(
 def config(T: int, F: int, K: int, dtype: torch.dtype) -> Tile:
     """Tiles of as many rows of gate as of up; F = 8192 makes 256 programs, so K is never split."""
     half = 128 if _check.INTERPRETED else 32 if dtype != torch.float32 and F >= 32 * _product.MULTIPROCESSORS else 16
-    return _product.tile(T, 2 * F, K, dtype, False, (2 * half, triton.cdiv(F, half)))
+    return _product.tile(T, 2 * F, K, dtype, False, True, (2 * half, triton.cdiv(F, half)))
 
 
 def norm_gate_up_out(x: torch.Tensor, norm: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tensor, bias: torch.Tensor | None = None,

@@ -77,9 +77,9 @@ def _zero_pads_kernel(
             tl.store(out_ptr + token.to(tl.int64) * stride_ot + offs_n, tl.full((BLOCK_N,), 0, out_ptr.dtype.element_ty), offs_n < N)
 
 
-def config(T: int, N: int, K: int, dtype: torch.dtype, splits: bool = False) -> Tile:
+def config(T: int, N: int, K: int, dtype: torch.dtype, splits: bool = False, normed: bool = False) -> Tile:
     """BLOCK_N, BLOCK_K, SPLITS and the warps ignore T, which is what keeps rows bitwise the same."""
-    return _product.tile(T, N, K, dtype, splits)
+    return _product.tile(T, N, K, dtype, splits, normed)
 
 
 def _torch_linear(x, weight, bias, out, num_tokens):
@@ -118,7 +118,7 @@ def _launch(op, x, norm, weight, eps, out, bias, num_tokens, workspace, is_resid
         _check.require(op == "linear", op, "x", f"{T} rows", f"at most {MOST_TOKENS}; call the norm, linear and the add apart")
         _torch_linear(x, weight, bias, out, num_tokens)
         return
-    c = config(T, N, K, x.dtype, workspace is not None)
+    c = config(T, N, K, x.dtype, workspace is not None, norm is not None)
     _linear_kernel[c.grid(T)](
         x, norm, weight, bias, out, *_product.check_workspace(op, workspace, c, T, x.device), num_tokens, T, x.stride(0), out.stride(0), eps,
         IS_RESIDUAL=is_residual, C=c, **c.options())

@@ -27,7 +27,7 @@ MAX_D = 256
 @triton.jit
 def _column_sums(tile, ROWS: tl.constexpr):
     """Sums over the rows of a tile [ROWS, BLOCK_M], a power of two of them, first half to second: in an order that no layout changes."""
-    for i in tl.static_range(ROWS.bit_length() - 1):
+    for _ in tl.static_range(ROWS.bit_length() - 1):
         first, second = tl.split(tl.permute(tl.reshape(tile, (2, tile.shape[0] // 2, tile.shape[1])), (1, 2, 0)))
         tile = first + second
     return tile
@@ -132,8 +132,7 @@ def _norm_qkv_kernel(
 def config(T: int, heads: int, D: int, rotary_dim: int, K: int, dtype: torch.dtype, splits: bool) -> Tile:
     """A tile is a head, its pairs padded to a power of two."""
     pairs = rotary_dim // 2 + (D - rotary_dim + 1) // 2
-    tile = _product.tile(T, heads * D, K, dtype, splits, (max(2 * triton.next_power_of_2(pairs), 16), heads))
-    return tile
+    return _product.tile(T, heads * D, K, dtype, splits, True, (max(2 * triton.next_power_of_2(pairs), 16), heads))
 
 
 def norm_qkv(x: torch.Tensor, norm: torch.Tensor, weight: torch.Tensor, eps: float, positions: torch.Tensor, cos_sin: torch.Tensor,
