@@ -40,6 +40,7 @@ from .kernels.linear_quantized import pack_awq, pack_gptq
 from .kernels.logprobs import Logprobs
 from .kernels.logprobs import Workspace as LogprobsWorkspace
 from .kernels.ngram import Workspace as NgramWorkspace
+from .kernels.qkv import MAX_D as MOST_HEAD_DIM
 from .kernels.rotary import cos_sin_table
 from .kernels.sampling import BAD_OPTION, NO_TOKEN, check_options
 from .kernels.sampling import Workspace as SamplingWorkspace
@@ -378,11 +379,11 @@ def attention_out(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor,
     _attention_op(q, k_cache, v_cache, block_table, work, workspace.states, workspace.counters, out, lse, scale, tiling=_to_ints(tiling), **options)
 
 
-__all__ = ["BAD_LENGTH", "BAD_OPTION", "BAD_PAGE", "ERROR", "LENGTH", "MAX_R", "MOST_TOKENS", "NO_TOKEN", "STOP", "Adjustments", "Logprobs", "LogprobsWorkspace",
-           "NgramWorkspace", "Probabilities", "ProductWorkspace", "Rows", "SamplingWorkspace", "Schedule", "State", "Tiling", "VerifyWorkspace", "Workspace",
-           "add_rmsnorm", "add_rmsnorm_out", "adjust_", "adjust_out", "advance", "attention", "attention_out", "attention_tiling",
-           "check_adjustments", "check_options", "cos_sin_table", "embedding", "embedding_out", "expand_out", "kv_write", "linear", "linear_fp8_out",
-           "linear_int4_out", "linear_out", "linear_residual", "logprobs_out", "merge", "merge_out", "ngram_out", "norm_gate_up", "norm_gate_up_out",
-           "norm_linear_out", "norm_qkv", "pack_awq", "pack_gptq", "rmsnorm", "rmsnorm_out",
+__all__ = ["BAD_LENGTH", "BAD_OPTION", "BAD_PAGE", "ERROR", "LENGTH", "MAX_R", "MOST_HEAD_DIM", "MOST_TOKENS", "NO_TOKEN", "STOP", "Adjustments",
+           "Logprobs", "LogprobsWorkspace", "NgramWorkspace", "Probabilities", "ProductWorkspace", "Rows", "SamplingWorkspace", "Schedule", "State",
+           "Tiling", "VerifyWorkspace", "Workspace", "add_rmsnorm", "add_rmsnorm_out", "adjust_", "adjust_out", "advance", "attention",
+           "attention_out", "attention_tiling", "check_adjustments", "check_options", "cos_sin_table", "embedding", "embedding_out", "expand_out",
+           "kv_write", "linear", "linear_fp8_out", "linear_int4_out", "linear_out", "linear_residual", "logprobs_out", "merge", "merge_out",
+           "ngram_out", "norm_gate_up", "norm_gate_up_out", "norm_linear_out", "norm_qkv", "pack_awq", "pack_gptq", "rmsnorm", "rmsnorm_out",
            "rotary", "rotary_kv_write", "rotary_out", "sample", "sample_out", "schedule", "schedule_out", "silu_and_mul", "silu_and_mul_out",
            "verify_out"]

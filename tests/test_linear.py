@@ -111,7 +111,8 @@ def test_integers_are_exact(device, monkeypatch, seed, dtype, T, shape, path, is
 def test_integers_are_exact_in_fused_products(device, seed, dtype, T, shape, is_split):
     """Entries of x are 2 or -2, so each row's root mean square is 2 and its inverse 0.5, exactly."""
     x, weight, bias = inputs(seed, T, *shape, dtype, device)
-    x, weight, bias, norm = 2 * (x > 0) - 2 * (x <= 0).to(dtype), integers(weight), integers(bias), integers(randn(seed, shape[1], dtype=dtype, device=device))
+    norm = integers(randn(seed, shape[1], dtype=dtype, device=device))
+    x, weight, bias = 2 * (x > 0) - 2 * (x <= 0).to(dtype), integers(weight), integers(bias)
     want = twin.linear((x * norm / 2).double(), weight.double(), bias.double())
     assert_same(room.norm_linear(x, norm, weight, 0.0, bias, dtype=torch.float32, workspace=scratch(device, is_split)), want.float())
     residual = torch.ones_like(want, dtype=dtype)
@@ -137,7 +138,8 @@ def fused(device, seed, shape, dtype):
         return out
 
     return [room.linear, lambda x, weight: room.linear(x, weight, workspace=scratch(device)), residual,
-            lambda x, weight: room.norm_linear(x, norm, weight, 1e-5, bias), lambda x, weight: room.norm_linear(x, norm, weight, workspace=scratch(device))]
+            lambda x, weight: room.norm_linear(x, norm, weight, 1e-5, bias),
+            lambda x, weight: room.norm_linear(x, norm, weight, workspace=scratch(device))]
 
 
 @given(seeds, dtypes, st.sampled_from([4, 20, 40, 64]), st.sampled_from([(16, 256), (40, 300), (20, 640)]), st.integers(0, 4))

@@ -105,14 +105,16 @@ def test_rows_keep_their_bits(device, seed, dtype, T, shape, is_split):
 
 
 @pytest.mark.gpu
-@given(seeds, st.sampled_from([torch.float16, torch.bfloat16]), st.sampled_from([16, 17, 40]), st.sampled_from([(32, 8, 64, 2048), (32, 8, 128, 4096)]))
+@given(seeds, st.sampled_from([torch.float16, torch.bfloat16]), st.sampled_from([16, 17, 40]),
+       st.sampled_from([(32, 8, 64, 2048), (32, 8, 128, 4096)]))
 def test_rows_keep_their_bits_at_model_shapes(device, seed, dtype, T, shape):
     check_rows_keep_their_bits(room.norm_qkv, draw(seed, T, shape, dtype, device))
 
 
 def test_control_a_row_that_sees_the_batch_is_caught(device):
+    arguments = draw(0, 20, (4, 2, 20, 64), torch.float32, device)
     with pytest.raises(AssertionError, match="elements differ"):
-        check_rows_keep_their_bits(lambda **a: room.norm_qkv(**a | dict(x=a["x"] + 1e-6 * a["x"].mean())), draw(0, 20, (4, 2, 20, 64), torch.float32, device))
+        check_rows_keep_their_bits(lambda **a: room.norm_qkv(**a | dict(x=a["x"] + 1e-6 * a["x"].mean())), arguments)
 
 
 def check_pads(norm_qkv, arguments, live, poison):
@@ -163,10 +165,12 @@ def test_integers_are_exact(device):
 
 @pytest.mark.parametrize("change, error, words", [
     (dict(weight=torch.ones(30, 8)), ValueError, r"norm_qkv: weight: got shape \[30, 8\], expected \[32, 8\]"),
-    (dict(q_out=torch.ones(3, 3, 8), k_cache=torch.ones(2, 4, 2, 8), v_cache=torch.ones(2, 4, 2, 8)), ValueError, r"norm_qkv: k_cache: got shape \[2, 4, 2, 8\], expected pages, and heads"),
+    (dict(q_out=torch.ones(3, 3, 8), k_cache=torch.ones(2, 4, 2, 8), v_cache=torch.ones(2, 4, 2, 8)), ValueError,
+     r"norm_qkv: k_cache: got shape \[2, 4, 2, 8\], expected pages, and heads"),
     (dict(cos_sin=torch.ones(9, 10)), ValueError, "norm_qkv: cos_sin: got 10 columns, expected an even number, 2 to D = 8"),
-    (dict(x=torch.ones(65, 8), q_out=torch.ones(65, 2, 8), positions=torch.ones(65, dtype=torch.int32), slot_mapping=torch.ones(65, dtype=torch.int64)),
-     ValueError, "norm_qkv: x: got 65 rows, expected at most 64; call rmsnorm, linear and rotary_kv_write apart"),
+    (dict(x=torch.ones(65, 8), q_out=torch.ones(65, 2, 8), positions=torch.ones(65, dtype=torch.int32),
+          slot_mapping=torch.ones(65, dtype=torch.int64)), ValueError,
+     "norm_qkv: x: got 65 rows, expected at most 64; call rmsnorm, linear and rotary_kv_write apart"),
     (dict(q_norm=torch.ones(9)), ValueError, r"norm_qkv: q_norm: got shape \[9\], expected \[8\]"),
 ])
 def test_misuse_is_named(device, change, error, words):

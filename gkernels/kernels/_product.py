@@ -49,9 +49,10 @@ class Tile:
     def grid(self, T: int) -> tuple[int]:
         return (triton.cdiv(T, self.BLOCK_M) * self.TILES * self.SPLITS,)
 
-    def options(self) -> dict[str, object]:
+    def options(self) -> dict[str, int]:
         overlap = {"launch_pdl": True} if self.LINES else {}
-        return dict(num_warps=self.num_warps, num_stages=self.num_stages) | overlap | _check.registers(255)      # else sm_80 spills at 72
+        # 255 registers, or sm_80 spills at 72; but on Hopper, which does not, the node of q, k and v would take 218 instead of 79
+        return dict(num_warps=self.num_warps, num_stages=self.num_stages) | overlap | ({} if capability() // 10 == 9 else _check.registers(255))
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,8 @@ def _block(T, K, dtype, splits, normed, BLOCK_N, TILES):
     """(BLOCK_M, BLOCK_K, SPLITS, num_warps, num_stages)"""
     half = dtype != torch.float32
     # Only Hopper's products take x from shared memory: elsewhere it passes through registers, and 64 rows of it spill beside their squares
-    widest = (64 if half else 32) // (2 if normed and not (half and capability() // 10 == 9) else 1)
+    hopper, shared = half and capability() // 10 == 9, SHARED_BYTES if capability() else SHARED_BYTES * 2 // 3      # AMD's programs have 64 KiB
+    widest = (64 if half else 32) // (2 if normed and not hopper else 1)
     BLOCK_M = min(max(triton.next_power_of_2(T), 16), max(widest * 128 // max(BLOCK_N, 128), 16))
     # Masked tiles of 128 x 128 spill, and heads of 128 rows leave room for two stages of 128 columns only
     BLOCK_K = next((b for b in (128, 64) if K % b == 0 and half and b * BLOCK_N <= 8192), 32 if half or BLOCK_N < 128 else 16)
@@ -118,8 +120,8 @@ def _block(T, K, dtype, splits, normed, BLOCK_N, TILES):
     while splits and SPLITS < MOST_SPLITS and TILES * SPLITS * 2 <= MOST_SPLIT and K >= BLOCK_K * SPLITS * 4:
         SPLITS *= 2
     wanted = 4 if BLOCK_N == 64 else 6              # the best of 3 to 8 on the H200 at one token
-    num_warps = 8 if BLOCK_N >= (256 if half else 128) else 4
-    return BLOCK_M, BLOCK_K, SPLITS, num_warps, min(wanted, SHARED_BYTES // ((BLOCK_M + BLOCK_N) * BLOCK_K * dtype.itemsize))
+    num_warps = 8 if BLOCK_N == 128 and not hopper else 4
+    return BLOCK_M, BLOCK_K, SPLITS, num_warps, min(wanted, shared // ((BLOCK_M + BLOCK_N) * BLOCK_K * dtype.itemsize))
 
 
 def check_norm(op: str, norm: torch.Tensor, K: int, x: torch.Tensor) -> None:

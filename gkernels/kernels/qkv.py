@@ -21,7 +21,7 @@ from . import _check, _product
 from ._product import MOST_TOKENS, Tile, Workspace
 from .kv_cache import locate_slot
 
-MAX_D = 256
+MAX_D = 128               # wider heads spill
 
 
 @triton.jit

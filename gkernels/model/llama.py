@@ -51,7 +51,7 @@ class Llama:
 
     def is_fused(self, residual: torch.Tensor) -> bool:
         """Whether a step of this capacity takes the fused nodes, whose input is the residual stream itself; the others' is normed already."""
-        return residual.shape[0] <= ops.MOST_TOKENS
+        return residual.shape[0] <= ops.MOST_TOKENS and self.config.head_dim <= ops.MOST_HEAD_DIM
 
     def attend(self, x: torch.Tensor, residual: torch.Tensor, layer: LayerWeights, block_table: torch.Tensor, plan: ops.Schedule,
                workspace: ops.Workspace, k_cache: torch.Tensor, v_cache: torch.Tensor) -> torch.Tensor:
