@@ -1,12 +1,14 @@
-"""linear against torch at the products of Llama 3.2 1B and Llama 3.1 8B, and at their logits (float32 out)."""
+"""linear against torch at the products of Llama 3.2 1B and Llama 3.1 8B, and at their logits (float32 out); norm_linear and linear_residual against
+torch's two operations, and against this library's own unfused pair."""
 
 import torch
 
 from bench.harness import bench
-from gkernels.kernels import linear
+from gkernels.kernels import linear, rmsnorm
 
 SHAPES = {"1B qkv": (3072, 2048), "1B o": (2048, 2048), "1B gate_up": (16384, 2048), "1B down": (2048, 8192), "8B qkv": (6144, 4096),
           "8B o": (4096, 4096), "8B gate_up": (28672, 4096), "8B down": (4096, 14336), "8B logits": (128256, 4096)}
+FUSED = {"norm": ["8B logits"], "residual": ["1B o", "1B down", "8B o", "8B down"]}
 
 
 def cases():
@@ -17,6 +19,13 @@ def cases():
             moved = N * K * 2 + T * K * 2 + T * N * dtype.itemsize                    # weights and x in, out written once
             makes = {which: provider(which, T, N, K, dtype) for which in ("gkernels", "torch")}
             yield f"{name} {T} x {N} x {K}", moved, 2 * T * N * K, makes
+    for kind, names in FUSED.items():
+        for name in names:
+            (N, K), dtype = SHAPES[name], torch.float32 if kind == "norm" else torch.bfloat16
+            for T in (1, 16, 64):
+                moved = N * K * 2 + T * K * 2 + T * N * (dtype.itemsize if kind == "norm" else 4)
+                makes = {which: fused(which, kind, T, N, K, dtype) for which in ("gkernels", "unfused", "torch")}
+                yield f"{kind} {name} {T} x {N} x {K}", moved, 2 * T * N * K, makes
 
 
 def provider(name, T, N, K, dtype):
@@ -27,6 +36,34 @@ def provider(name, T, N, K, dtype):
             return lambda: linear.linear_out(x, weight, out)
         wider = {"out_dtype": dtype} if dtype != x.dtype else {}
         return lambda: torch.mm(x, weight.T, out=out, **wider)
+    return make
+
+
+def fused(name, kind, T, N, K, dtype):
+    def make(i):
+        x, weight = (torch.randn(rows, K, dtype=torch.bfloat16, device="cuda") for rows in (T, N))
+        norm, normed = torch.ones(K, dtype=torch.bfloat16, device="cuda"), torch.empty_like(x)
+        out, added = torch.zeros(2, T, N, dtype=dtype, device="cuda")
+        workspace = linear.Workspace.allocate("cuda")
+        wider = {"out_dtype": dtype} if dtype != x.dtype else {}
+
+        def norm_pair():
+            if name == "torch":
+                return torch.mm(torch.nn.functional.rms_norm(x, (K,), norm, 1e-5), weight.T, out=out, **wider)
+            rmsnorm.rmsnorm_out(x, norm, 1e-5, normed)
+            linear.linear_out(normed, weight, out)
+
+        def residual_pair():
+            if name == "torch":
+                return torch.addmm(out, x, weight.T, out=out)
+            linear.linear_out(x, weight, added)
+            out.add_(added)
+
+        if name != "gkernels":
+            return norm_pair if kind == "norm" else residual_pair
+        if kind == "norm":
+            return lambda: linear.norm_linear_out(x, norm, weight, 1e-5, out)
+        return lambda: linear.linear_residual(x, weight, out, workspace=workspace)
     return make
 
 

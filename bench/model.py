@@ -20,7 +20,7 @@ from gkernels.model.step import Row, Step
 PAGE, ROOM = 16, 128                     # tokens a page; tokens beyond the context
 LEAST_GAIN = 5                           # what one graph must gain over launching its kernels one by one, for llama-3.2-1b 1x1024
 PROVIDERS = ("gkernels", "eager", "transformers-static")
-CASES = [("llama-3.2-1b", 1, 1024), ("llama-3.2-1b", 16, 1024), ("llama-3.1-8b", 1, 1024)]
+CASES = [("llama-3.2-1b", 1, 1024), ("llama-3.2-1b", 16, 1024), ("llama-3.2-1b", 64, 1024), ("llama-3.1-8b", 1, 1024)]
 
 
 def decode_step(weights, config, batch, context):

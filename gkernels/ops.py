@@ -18,11 +18,13 @@ from .kernels import advance as _advance
 from .kernels import attention as _attention
 from .kernels import embedding as _embedding
 from .kernels import expand as _expand
+from .kernels import gate_up as _gate_up
 from .kernels import linear as _linear
 from .kernels import linear_quantized as _linear_quantized
 from .kernels import logprobs as _logprobs
 from .kernels import merge as _merge
 from .kernels import ngram as _ngram
+from .kernels import qkv as _qkv
 from .kernels import rmsnorm as _rmsnorm
 from .kernels import rotary as _rotary
 from .kernels import schedule as _schedule
@@ -32,10 +34,13 @@ from .kernels.advance import ERROR, LENGTH, STOP, State
 from .kernels.attention import Workspace
 from .kernels.attention import tiling as attention_tiling
 from .kernels.expand import Rows
+from .kernels.linear import MOST_TOKENS
+from .kernels.linear import Workspace as ProductWorkspace
 from .kernels.linear_quantized import check_fp8, pack_awq, pack_gptq
 from .kernels.logprobs import Logprobs
 from .kernels.logprobs import Workspace as LogprobsWorkspace
 from .kernels.ngram import Workspace as NgramWorkspace
+from .kernels.qkv import MAX_D as MOST_HEAD_DIM
 from .kernels.rotary import cos_sin_table
 from .kernels.sampling import BAD_OPTION, NO_TOKEN, check_options
 from .kernels.sampling import Workspace as SamplingWorkspace
@@ -93,6 +98,66 @@ linear_out = _register(
 linear = _register(
     "linear(Tensor x, Tensor weight, Tensor? bias=None, Tensor? num_tokens=None, ScalarType? dtype=None) -> Tensor", _linear.linear,
     lambda x, weight, bias=None, num_tokens=None, dtype=None: x.new_empty(x.shape[0], weight.shape[0], dtype=dtype or x.dtype))
+
+
+def _norm_linear_tensors(x, norm, weight, eps, out, bias=None, num_tokens=None, partials=None, counters=None):
+    _linear.norm_linear_out(x, norm, weight, eps, out, bias, num_tokens, _products(partials, counters))
+
+
+def _linear_residual_tensors(x, weight, residual, bias=None, num_tokens=None, partials=None, counters=None):
+    _linear.linear_residual(x, weight, residual, bias, num_tokens, _products(partials, counters))
+
+
+def _norm_qkv_tensors(x, norm, weight, eps, positions, cos_sin, slot_mapping, k_cache, v_cache, q_out, bias=None, q_norm=None, k_norm=None,
+                      num_tokens=None, partials=None, counters=None):
+    _qkv.norm_qkv(x, norm, weight, eps, positions, cos_sin, slot_mapping, k_cache, v_cache, q_out, bias, q_norm, k_norm, num_tokens,
+                  _products(partials, counters))
+
+
+def _products(partials, counters):
+    return None if partials is None else ProductWorkspace(partials, counters)
+
+
+_norm_linear_op = _register(
+    "norm_linear_out(Tensor x, Tensor norm, Tensor weight, float eps, Tensor(a!) out, Tensor? bias=None, Tensor? num_tokens=None, "
+    "Tensor(b!)? partials=None, Tensor(c!)? counters=None) -> ()", _norm_linear_tensors)
+_linear_residual_op = _register(
+    "linear_residual(Tensor x, Tensor weight, Tensor(a!) residual, Tensor? bias=None, Tensor? num_tokens=None, Tensor(b!)? partials=None, "
+    "Tensor(c!)? counters=None) -> ()", _linear_residual_tensors)
+_norm_qkv_op = _register(
+    "norm_qkv(Tensor x, Tensor norm, Tensor weight, float eps, Tensor positions, Tensor cos_sin, Tensor slot_mapping, Tensor(a!) k_cache, "
+    "Tensor(b!) v_cache, Tensor(c!) q_out, Tensor? bias=None, Tensor? q_norm=None, Tensor? k_norm=None, Tensor? num_tokens=None, "
+    "Tensor(d!)? partials=None, Tensor(e!)? counters=None) -> ()", _norm_qkv_tensors)
+norm_gate_up_out = _register(
+    "norm_gate_up_out(Tensor x, Tensor norm, Tensor weight, float eps, Tensor(a!) out, Tensor? bias=None, Tensor? num_tokens=None) -> ()",
+    _gate_up.norm_gate_up_out)
+norm_gate_up = _register(
+    "norm_gate_up(Tensor x, Tensor norm, Tensor weight, float eps=1e-6, Tensor? bias=None, Tensor? num_tokens=None) -> Tensor",
+    _gate_up.norm_gate_up,
+    lambda x, norm, weight, eps=1e-6, bias=None, num_tokens=None: x.new_empty(x.shape[0], weight.shape[0] // 2))
+
+
+def norm_linear_out(x: torch.Tensor, norm: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tensor, bias: torch.Tensor | None = None,
+                    num_tokens: torch.Tensor | None = None, workspace: ProductWorkspace | None = None) -> None:
+    """Writes rmsnorm(x, norm, eps) @ weight.T + bias: see gkernels.kernels.linear. The registered op takes the workspace's tensors."""
+    _norm_linear_op(x, norm, weight, eps, out, bias, num_tokens, *(vars(workspace).values() if workspace else ()))
+
+
+def linear_residual(x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor, bias: torch.Tensor | None = None,
+                    num_tokens: torch.Tensor | None = None, workspace: ProductWorkspace | None = None) -> None:
+    """residual += x @ weight.T + bias in place: see gkernels.kernels.linear. The registered op takes the workspace's tensors."""
+    _linear_residual_op(x, weight, residual, bias, num_tokens, *(vars(workspace).values() if workspace else ()))
+
+
+def norm_qkv(x: torch.Tensor, norm: torch.Tensor, weight: torch.Tensor, eps: float, positions: torch.Tensor, cos_sin: torch.Tensor,
+             slot_mapping: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, q_out: torch.Tensor, bias: torch.Tensor | None = None,
+             q_norm: torch.Tensor | None = None, k_norm: torch.Tensor | None = None, num_tokens: torch.Tensor | None = None,
+             workspace: ProductWorkspace | None = None) -> None:
+    """Writes q to `q_out`, k and v to their slots: see gkernels.kernels.qkv. The registered op takes the workspace's tensors."""
+    _norm_qkv_op(x, norm, weight, eps, positions, cos_sin, slot_mapping, k_cache, v_cache, q_out, bias, q_norm, k_norm, num_tokens,
+                 *(vars(workspace).values() if workspace else ()))
+
+
 linear_fp8_out = _register(
     "linear_fp8_out(Tensor x, Tensor weight, Tensor scale, Tensor(a!) out, Tensor? bias=None, Tensor? num_tokens=None) -> ()",
     _linear_quantized.linear_fp8_out)
@@ -322,10 +387,11 @@ def attention_out(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor,
     _attention_op(q, k_cache, v_cache, block_table, work, workspace.states, workspace.counters, out, lse, scale, tiling=_to_ints(tiling), **options)
 
 
-__all__ = ["BAD_LENGTH", "BAD_OPTION", "BAD_PAGE", "ERROR", "LENGTH", "MAX_R", "NO_TOKEN", "STOP", "Adjustments", "Logprobs", "LogprobsWorkspace",
-           "NgramWorkspace", "Probabilities", "Rows", "SamplingWorkspace", "Schedule", "State", "Tiling", "VerifyWorkspace", "Workspace",
-           "add_rmsnorm", "add_rmsnorm_out", "adjust_", "adjust_out", "advance", "attention", "attention_out", "attention_tiling",
-           "check_adjustments", "check_fp8", "check_options", "cos_sin_table", "embedding", "embedding_out", "expand_out", "kv_write", "linear",
-           "linear_fp8", "linear_fp8_out", "linear_int4", "linear_int4_out", "linear_out", "logprobs_out", "merge", "merge_out", "ngram_out",
-           "pack_awq", "pack_gptq", "rmsnorm", "rmsnorm_out", "rotary", "rotary_kv_write", "rotary_out", "sample", "sample_out", "schedule",
-           "schedule_out", "silu_and_mul", "silu_and_mul_out", "verify_out"]
+__all__ = ["BAD_LENGTH", "BAD_OPTION", "BAD_PAGE", "ERROR", "LENGTH", "MAX_R", "MOST_HEAD_DIM", "MOST_TOKENS", "NO_TOKEN", "STOP", "Adjustments",
+           "Logprobs", "LogprobsWorkspace", "NgramWorkspace", "Probabilities", "ProductWorkspace", "Rows", "SamplingWorkspace", "Schedule", "State",
+           "Tiling", "VerifyWorkspace", "Workspace", "add_rmsnorm", "add_rmsnorm_out", "adjust_", "adjust_out", "advance", "attention",
+           "attention_out", "attention_tiling", "check_adjustments", "check_fp8", "check_options", "cos_sin_table", "embedding", "embedding_out",
+           "expand_out", "kv_write", "linear", "linear_fp8", "linear_fp8_out", "linear_int4", "linear_int4_out", "linear_out", "linear_residual",
+           "logprobs_out", "merge", "merge_out", "ngram_out", "norm_gate_up", "norm_gate_up_out", "norm_linear_out", "norm_qkv", "pack_awq",
+           "pack_gptq", "rmsnorm", "rmsnorm_out", "rotary", "rotary_kv_write", "rotary_out", "sample", "sample_out", "schedule", "schedule_out",
+           "silu_and_mul", "silu_and_mul_out", "verify_out"]

@@ -45,7 +45,17 @@ def with_capacity(launch, n):
 def report(launch):
     """What becomes of the kernel: registers, spilled bytes, shared memory, local memory and the width of its loads."""
     compiled = launch.compile()
-    return {"shared": compiled.metadata.shared} | (hip_report if launch.target.backend == "hip" else cuda_report)(compiled.asm)
+    early = {"early": early_accesses(compiled.asm["ptx"])} if launch.options.get("launch_pdl") else {}
+    return {"shared": compiled.metadata.shared} | early | (hip_report if launch.target.backend == "hip" else cuda_report)(compiled.asm)
+
+
+def early_accesses(ptx):
+    """What a kernel that may start before the node ahead ends does too early: accesses of memory before griddepcontrol.wait, and a wait that
+    does not stand in the entry block, so that a path may miss it. A prefetch brings nothing into the program."""
+    entry, wait, _ = ptx.partition("griddepcontrol.wait")
+    branches = re.findall(r"^\s*(?:@!?%p\d+ )?(?:bra|ret|exit)\b.*|^\$L__BB\w+:", entry.partition("{")[2], re.MULTILINE)
+    accesses = re.findall(r"\b(?:ld|st|atom|red|cp\.async|cp\.reduce)\.[\w.:]*global[\w.:]*", entry)
+    return (accesses + [line.strip() for line in branches]) if wait else ["no griddepcontrol.wait"]
 
 
 def cuda_report(asm):

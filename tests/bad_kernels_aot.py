@@ -3,6 +3,7 @@
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra import cuda
 
 
 @triton.jit
@@ -56,6 +57,22 @@ def _dropping_kernel(x_ptr, weight_ptr, out_ptr, T, K: tl.constexpr, BLOCK_M: tl
     tl.store(out_ptr + offs_m[None, :] * BLOCK_N + offs_n[:, None], acc, live[None, :])
 
 
+@triton.jit
+def _early_kernel(x_ptr, MODE: tl.constexpr):
+    x = x_ptr + tl.program_id(0)
+    if MODE == "good":
+        cuda.gdc_wait()
+    early = 1.0
+    if MODE == "load":
+        early = tl.load(x)
+    if MODE == "branch":
+        if tl.program_id(0) > 0:
+            cuda.gdc_wait()
+    elif MODE != "none" and MODE != "good":
+        cuda.gdc_wait()
+    tl.store(x, tl.load(x) + early)
+
+
 def fill(x):
     _specialised_kernel[(1,)](x, x.shape[0], BLOCK=64)
 
@@ -84,6 +101,10 @@ def product(x, weight, out):
     _dropping_kernel[(1,)](x, weight, out, x.shape[0], K=2048, BLOCK_M=16, BLOCK_N=64, BLOCK_K=128, num_warps=4, num_stages=4)
 
 
+def overlap(x, mode):
+    _early_kernel[(4,)](x, MODE=mode, launch_pdl=True)
+
+
 def all_calls(device, dtypes=(torch.float32,)):
     for dtype in dtypes:
         x = torch.zeros(16384, dtype=dtype, device=device)
@@ -94,3 +115,5 @@ def all_calls(device, dtypes=(torch.float32,)):
         yield "spilling", scale, (x,)
         yield "shared", square, (x,)
         yield "dropped", product, (x[:8192].view(4, 2048), torch.zeros(64, 2048, dtype=dtype, device=device), torch.zeros(4, 64, device=device))
+        for mode in ("good", "load", "branch", "none"):
+            yield f"overlap {mode}", overlap, (x, mode)

@@ -11,6 +11,8 @@ A kernel's result is judged against its twin run in float64, by two rules that m
 2. Greatest absolute error at most twice that of plain PyTorch in the same dtypes (the FlashAttention rule), plus some units in the last
    place of the greatest value, because PyTorch is sometimes exact by luck: one where storing rounds, four in float32, where the error is that
    of a sum one by one: 0.3 sqrt(K) 2^-24 of its value is one standard deviation (1.5 units at K = 100, more in PyTorch's own term beyond).
+Several ops in one kernel are judged against PyTorch doing them one by one, by `assert_no_worse`: such a kernel rounds at some of the places where
+the chain does and nowhere else, so the variance of its error is no greater; twice the chain's RMS and greatest errors leave room for the draw.
 Copies, indices and integer arithmetic are compared bit for bit with `assert_same`.
 Sampled tokens are compared exactly, but where the twin decides by less than NEAR: a float32 score or mass is off by a few 2^-22. Draws are
 judged by chi-square over 64 buckets of equal mass: the mean of 63 degrees of freedom plus six standard deviations.
@@ -40,6 +42,23 @@ def assert_close(got, want, plain, tensor_core_terms=0):
     units = 4 if dtype == torch.float32 else 1
     allowed = 2 * (plain - want)[live].abs().max() + (units * torch.finfo(dtype).eps + truncation) * size.abs().max()
     assert rms <= allowed_rms or greatest == 0, f"relative RMS error {rms:.2e}, allowed {allowed_rms:.1e} for {dtype}"
+    assert greatest <= allowed, f"greatest error {greatest:.3e}, allowed {allowed:.3e}"
+
+
+def assert_no_worse(got, want, plain, operands=None):
+    """got: a fused kernel's output. want: the twin's in float64. plain: the chain of single ops in got's dtype. `operands`: the dtype that operands
+    of products are rounded to, if not got's; PyTorch may be exact by luck, so an RMS error of one such rounding is always allowed."""
+    assert got.shape == want.shape == plain.shape, f"shapes {list(got.shape)}, {list(want.shape)}, {list(plain.shape)}"
+    assert torch.equal(got.isnan(), want.isnan()), f"NaN in {int(got.isnan().sum())} places, expected {int(want.isnan().sum())}"
+    live, dtype = torch.isfinite(want), operands or got.dtype
+    size = want.double()[live]
+    if not size.numel():
+        return
+    error, simple = (t.double()[live] - size for t in (got, plain))
+    rms, allowed_rms = error.norm(), max(2 * simple.norm(), RELATIVE_RMS[dtype] * (1 + 2 / size.numel() ** 0.5) * size.norm())
+    assert rms <= allowed_rms, f"RMS error {rms / size.norm():.2e} of the result's, allowed {allowed_rms / size.norm():.1e} for {dtype}"
+    units = 4 if dtype == torch.float32 else 1
+    greatest, allowed = error.abs().max(), 2 * simple.abs().max() + units * torch.finfo(dtype).eps * size.abs().max()
     assert greatest <= allowed, f"greatest error {greatest:.3e}, allowed {allowed:.3e}"
 
 

@@ -126,6 +126,19 @@ def test_quantised_weights_load_16_bytes_a_thread(report):
     assert_wide_loads(hot, narrow=9)      # num_tokens, and up to four each for a thread's biases and scales of whole rows
 
 
+def assert_waits(rows):
+    """No kernel that may start early touches memory, or may end, before it has waited for the node ahead."""
+    early = [f"{label(row)}: {', '.join(row['early'])} before griddepcontrol.wait" for row in rows if row.get("early")]
+    assert not early, "\n".join(early)
+
+
+def test_overlapping_nodes_wait_first(report):
+    rows = [row for row in report["kernels"] if "early" in row]
+    assert {row["kernel"] for row in rows if row["target"] == "sm_90"} == {"_linear_kernel", "_norm_gate_up_kernel", "_norm_qkv_kernel"}
+    assert not [row for row in rows if row["target"] in ("sm_80", "gfx942")]
+    assert_waits(rows)
+
+
 def case(bad_report, name):
     return [row for row in bad_report["kernels"] if row["case"] == name]
 
@@ -153,6 +166,13 @@ def test_shared_memory_is_caught(bad_report):
     with pytest.raises(AssertionError, match=r"_greedy_for_shared_memory_kernel: [0-9]* bytes of shared memory"):
         assert_fits(case(bad_report, "shared"))
     assert_fits(case(bad_report, "spilling"))
+
+
+@pytest.mark.parametrize("mode, words", [("load", r"ld\.global\S*"), ("branch", ".*bra.*"), ("none", "no griddepcontrol.wait")])
+def test_control_a_node_that_does_not_wait_is_caught(bad_report, mode, words):
+    assert_waits(case(bad_report, "overlap good"))
+    with pytest.raises(AssertionError, match=rf"overlap {mode} _early_kernel: {words} before griddepcontrol.wait"):
+        assert_waits(case(bad_report, f"overlap {mode}"))
 
 
 def test_narrow_loads_are_caught(bad_report):

@@ -1,41 +1,123 @@
-"""linear against its twin on both paths, and the properties that the twin does not show."""
+"""linear on both paths, norm_linear and linear_residual against their twins, and the properties that the twins do not show."""
 
 import pytest
 import torch
-import triton
 from hypothesis import given
 from hypothesis import strategies as st
 
 import reference.linear as twin
 from gkernels.kernels import linear as room
-from tests.close import assert_close, assert_same
+from gkernels.kernels._product import SHARED_BYTES
+from tests.close import assert_close, assert_no_worse, assert_same
 from tests.strategies import counter, dtypes, poisons, randn, seeds, strided
 
 rows = st.sampled_from([1, 2, 5, 16, 17, 33, 100])
 shapes = st.sampled_from([(1, 1), (3, 5), (16, 16), (40, 24), (64, 100), (33, 256), (70, 300)])   # N, K
-paths = st.sampled_from([room.TRITON_TOKENS, 0])                                                   # Triton's product, torch's product
+paths = st.sampled_from([room.MOST_TOKENS, 0])                                                   # Triton's product, torch's product
+
+
+splits = st.booleans()                                                                             # whether K is split: given a workspace
+
+
+def scratch(device, wanted=True):
+    """A workspace that holds junk, or none."""
+    workspace = room.Workspace.allocate(device) if wanted else None
+    if wanted:
+        workspace.partials.fill_(float("nan"))
+    return workspace
 
 
 def inputs(seed, T, N, K, dtype, device):
     return tuple(randn(seed + i, *shape, dtype=dtype, device=device) for i, shape in enumerate([(T, K), (N, K), (N,)]))
 
 
-@given(seeds, dtypes, rows, shapes, paths, st.booleans(), st.booleans(), st.booleans())
-def test_equals_reference(device, monkeypatch, seed, dtype, T, shape, path, has_bias, is_wide, is_strided):
-    monkeypatch.setattr(room, "TRITON_TOKENS", path)
+@given(seeds, dtypes, rows, shapes, paths, st.booleans(), st.booleans(), st.booleans(), splits)
+def test_equals_reference(device, monkeypatch, seed, dtype, T, shape, path, has_bias, is_wide, is_strided, is_split):
+    monkeypatch.setattr(room, "MOST_TOKENS", path)
     x, weight, bias = inputs(seed, T, *shape, dtype, device)
     bias, out_dtype = bias if has_bias else None, torch.float32 if is_wide else dtype
-    got = room.linear(strided(x) if is_strided else x, weight, bias, dtype=out_dtype)
+    got = room.linear(strided(x) if is_strided else x, weight, bias, dtype=out_dtype, workspace=scratch(device, is_split))
     want = twin.linear(x.double(), weight.double(), None if bias is None else bias.double())
     assert got.dtype == out_dtype
     assert_close(got, want, twin.linear(x, weight, bias, dtype=out_dtype))
 
 
-@given(seeds, dtypes, rows, shapes, paths)
-def test_integers_are_exact(device, monkeypatch, seed, dtype, T, shape, path):
-    monkeypatch.setattr(room, "TRITON_TOKENS", path)
-    x, weight, bias = (t.mul(2).round().clamp(-4, 4) for t in inputs(seed, T, *shape, dtype, device))
-    assert_same(room.linear(x, weight, bias, dtype=torch.float32), twin.linear(x.double(), weight.double(), bias.double()).float())
+def check_norm(norm_linear, device, seed, dtype, T, shape, has_bias=False, is_wide=False, is_split=True, size=1.0):
+    x, weight, bias = inputs(seed, T, *shape, dtype, device)
+    norm, x, bias = randn(seed + 3, shape[1], dtype=dtype, device=device), x * size, bias if has_bias else None
+    got = norm_linear(x, norm, weight, 1e-5, bias, dtype=torch.float32 if is_wide else dtype, workspace=scratch(device, is_split))
+    want = twin.norm_linear(x.double(), norm.double(), weight.double(), 1e-5, None if bias is None else bias.double())
+    assert_no_worse(got, want, twin.norm_linear(x, norm, weight, 1e-5, bias, dtype=got.dtype), operands=dtype)
+
+
+@given(seeds, dtypes, st.sampled_from([1, 2, 17, 33]), shapes, st.booleans(), st.booleans(), splits, st.sampled_from([1.0, 2.0**-8]))
+def test_norm_equals_reference(device, seed, dtype, T, shape, has_bias, is_wide, is_split, size):
+    """The smaller rows have a mean square near eps."""
+    check_norm(room.norm_linear, device, seed, dtype, T, shape, has_bias, is_wide, is_split, size)
+
+
+@pytest.mark.parametrize("broken", [
+    lambda x, norm, weight, eps, bias, **options: room.norm_linear(x, norm, weight, 0.0, bias, **options),
+    lambda x, norm, weight, eps, bias, **options: room.norm_linear(x, 1 + norm, weight, eps, bias, **options),
+    lambda x, norm, weight, eps, bias, **options: room.norm_linear(x.roll(1, 1), norm, weight.roll(1, 1), eps, bias, **options),
+    lambda x, norm, weight, eps, bias, **options: room.norm_linear(x, norm, weight, eps, bias, **options) * (1 + 2.0**-6),
+], ids=["eps forgotten", "one added to the norm", "another column's norm", "a mean over fewer columns"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_control_broken_norms_are_caught(device, broken, dtype):
+    with pytest.raises(AssertionError, match=r"RMS error|greatest error"):
+        check_norm(broken, device, 0, dtype, 3, (64, 128), size=2.0**-8)
+
+
+def check_residual(linear_residual, device, seed, dtype, T, shape, live, is_split, is_strided=False):
+    x, weight, bias = inputs(seed, T, *shape, dtype, device)
+    residual = randn(seed + 3, T, shape[0], dtype=dtype, device=device)
+    got, want, plain = (strided(residual) if is_strided else residual.clone()), residual.double(), residual.clone()
+    linear_residual(x, weight, got, bias, counter(live, device), scratch(device, is_split))
+    twin.linear_residual(x.double(), weight.double(), want, bias.double(), counter(live, device))
+    twin.linear_residual(x, weight, plain, bias, counter(live, device))
+    assert_close(got.contiguous(), want, plain)
+    assert_same(got[live:].contiguous(), torch.zeros_like(plain[live:]))
+
+
+@given(seeds, dtypes, st.sampled_from([1, 5, 17, 40]), shapes, st.sampled_from([0, 1, 5, 40]), splits, st.booleans())
+def test_residual_equals_reference(device, seed, dtype, T, shape, live, is_split, is_strided):
+    check_residual(room.linear_residual, device, seed, dtype, T, shape, min(live, T), is_split, is_strided and shape[0] % 8 == 0)
+
+
+@pytest.mark.parametrize("broken", [
+    lambda x, weight, residual, *rest: room.linear_out(x, weight, residual, *rest),
+    lambda x, weight, residual, *rest: room.linear_residual(x, weight, residual.clone(), *rest),
+    lambda x, weight, residual, bias, n, workspace: room.linear_residual(x, weight, residual, bias, None, workspace),
+    lambda x, weight, residual, bias, *rest: [room.linear_residual(x, weight, residual, b, *rest) for b in (bias, None)],
+], ids=["nothing added to", "nothing written", "pads added to", "added twice"])
+def test_control_broken_residuals_are_caught(device, broken):
+    with pytest.raises(AssertionError):
+        check_residual(broken, device, 0, torch.float16, 5, (64, 100), 3, True)
+
+
+def integers(t):
+    return t.mul(2).round().clamp(-4, 4)
+
+
+@given(seeds, dtypes, rows, shapes, paths, splits)
+def test_integers_are_exact(device, monkeypatch, seed, dtype, T, shape, path, is_split):
+    monkeypatch.setattr(room, "MOST_TOKENS", path)
+    x, weight, bias = (integers(t) for t in inputs(seed, T, *shape, dtype, device))
+    want = twin.linear(x.double(), weight.double(), bias.double()).float()
+    assert_same(room.linear(x, weight, bias, dtype=torch.float32, workspace=scratch(device, is_split)), want)
+
+
+@given(seeds, dtypes, st.sampled_from([1, 17, 40]), shapes, splits)
+def test_integers_are_exact_in_fused_products(device, seed, dtype, T, shape, is_split):
+    """Entries of x are 2 or -2, so each row's root mean square is 2 and its inverse 0.5, exactly."""
+    x, weight, bias = inputs(seed, T, *shape, dtype, device)
+    norm = integers(randn(seed, shape[1], dtype=dtype, device=device))
+    x, weight, bias = 2 * (x > 0) - 2 * (x <= 0).to(dtype), integers(weight), integers(bias)
+    want = twin.linear((x * norm / 2).double(), weight.double(), bias.double())
+    assert_same(room.norm_linear(x, norm, weight, 0.0, bias, dtype=torch.float32, workspace=scratch(device, is_split)), want.float())
+    residual = torch.ones_like(want, dtype=dtype)
+    room.linear_residual(x * norm / 2, weight, residual, bias, None, scratch(device, is_split))
+    assert_same(residual, (want + 1).to(dtype))
 
 
 def check_rows_keep_their_bits(linear, seed, dtype, T, shape, order):
@@ -46,10 +128,24 @@ def check_rows_keep_their_bits(linear, seed, dtype, T, shape, order):
     assert_same(linear(x[place], weight)[place.argsort()][:4], want)
 
 
-@given(seeds, dtypes, st.sampled_from([4, 20, 40, 64]), st.sampled_from([(16, 256), (40, 300), (20, 640)]))
-def test_rows_keep_their_bits(device, seed, dtype, T, shape):
+def fused(device, seed, shape, dtype):
+    """Each op as a function of x and weight alone."""
+    norm, bias = randn(seed + 3, shape[1], dtype=dtype, device=device), randn(seed + 4, shape[0], dtype=dtype, device=device)
+
+    def residual(x, weight):
+        out = x[:, :1].expand(x.shape[0], weight.shape[0]).contiguous()
+        room.linear_residual(x, weight, out, bias, None, scratch(device))
+        return out
+
+    return [room.linear, lambda x, weight: room.linear(x, weight, workspace=scratch(device)), residual,
+            lambda x, weight: room.norm_linear(x, norm, weight, 1e-5, bias),
+            lambda x, weight: room.norm_linear(x, norm, weight, workspace=scratch(device))]
+
+
+@given(seeds, dtypes, st.sampled_from([4, 20, 40, 64]), st.sampled_from([(16, 256), (40, 300), (20, 640)]), st.integers(0, 4))
+def test_rows_keep_their_bits(device, seed, dtype, T, shape, op):
     order = torch.randperm(200, generator=torch.Generator().manual_seed(seed)).to(device)
-    check_rows_keep_their_bits(room.linear, seed, dtype, T, shape, order)
+    check_rows_keep_their_bits(fused(device, seed, shape, dtype)[op], seed, dtype, T, shape, order)
 
 
 def test_a_split_that_looks_at_the_batch_is_caught(device):
@@ -76,27 +172,27 @@ def check_pads(linear, seed, dtype, live, pads, shape, poison, device):
 
 @given(seeds, dtypes, st.integers(0, 20), st.sampled_from([0, 1, 7, 30]), shapes, paths, poisons)
 def test_pads_are_zero_and_leak_nothing(device, monkeypatch, seed, dtype, live, pads, shape, path, poison):
-    monkeypatch.setattr(room, "TRITON_TOKENS", path)
+    monkeypatch.setattr(room, "MOST_TOKENS", path)
     check_pads(room.linear, seed, dtype, live, pads, shape, poison, device)
 
 
-@pytest.mark.parametrize("path", [room.TRITON_TOKENS, 0])
+@pytest.mark.parametrize("path", [room.MOST_TOKENS, 0])
 def test_a_product_that_reads_pads_is_caught(device, monkeypatch, path):
-    monkeypatch.setattr(room, "TRITON_TOKENS", path)
+    monkeypatch.setattr(room, "MOST_TOKENS", path)
     with pytest.raises(AssertionError):
         check_pads(lambda x, weight, bias, num_tokens: room.linear(x, weight, bias), 0, torch.float16, 3, 2, (40, 24), float("nan"), device)
 
 
 @given(seeds, dtypes, st.sampled_from([-1, 0, 2, 50]), paths)
 def test_a_bad_counter_is_clamped(device, monkeypatch, seed, dtype, count, path):
-    monkeypatch.setattr(room, "TRITON_TOKENS", path)
+    monkeypatch.setattr(room, "MOST_TOKENS", path)
     x, weight, bias = inputs(seed, 5, 20, 24, dtype, device)
     assert_same(room.linear(x, weight, bias, counter(count, device)), room.linear(x, weight, bias, counter(min(max(count, 0), 5), device)))
 
 
 @given(seeds, dtypes, paths)
 def test_a_strided_out_keeps_what_lies_between_its_rows(device, monkeypatch, seed, dtype, path):
-    monkeypatch.setattr(room, "TRITON_TOKENS", path)
+    monkeypatch.setattr(room, "MOST_TOKENS", path)
     x, weight, bias = inputs(seed, 5, 24, 40, dtype, device)
     roomy = torch.full((5, 40), 7.0, dtype=dtype, device=device)
     room.linear_out(x, weight, roomy[:, :24], bias, counter(3, device))
@@ -113,21 +209,70 @@ def test_no_rows(device):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_config_fixes_the_k_order_and_fits_the_chip(dtype):
+@pytest.mark.parametrize("is_split", [False, True])
+def test_config_fixes_the_k_order_and_fits_the_chip(monkeypatch, dtype, is_split):
+    monkeypatch.setattr("gkernels.kernels._check.INTERPRETED", False)
+    monkeypatch.setattr("gkernels.kernels._product.capability", lambda: 90)
     for N, K in ((1, 1), (2048, 2048), (2048, 8192), (3072, 2048), (16384, 2048), (28672, 4096), (4096, 14336), (128256, 4096)):
-        configs = [room.config(T, N, K, dtype) for T in (1, 16, 17, 40, 64)]
-        assert len({(c.BLOCK_N, c.BLOCK_K) for c in configs}) == 1
-        assert all(c.num_stages >= 3 for c in configs)
-        assert max((c.BLOCK_M + c.BLOCK_N) * c.BLOCK_K * c.num_stages for c in configs) * dtype.itemsize <= room.SHARED_BYTES
-    assert triton.cdiv(2048, room.config(1, 2048, 8192, torch.float16).BLOCK_N) == 128
+        configs = [room.config(T, N, K, dtype, is_split) for T in (1, 16, 17, 40, 64)]
+        assert len({(c.BLOCK_N, c.BLOCK_K, c.SPLITS, c.num_warps) for c in configs}) == 1
+        assert all(c.num_stages >= 2 and c.SPLITS * c.STEPS * c.BLOCK_K >= K > (c.SPLITS * c.STEPS - c.STEPS) * c.BLOCK_K for c in configs)
+        assert max((c.BLOCK_M + c.BLOCK_N) * c.BLOCK_K * c.num_stages for c in configs) * dtype.itemsize <= SHARED_BYTES
+        assert is_split or configs[0].SPLITS == 1
+    assert not is_split or room.config(1, 2048, 8192, dtype, True).SPLITS > 1
+
+
+def test_a_small_workspace_is_refused(device):
+    small = room.Workspace(torch.empty(64, device=device), torch.zeros(64, dtype=torch.int32, device=device))
+    with pytest.raises(ValueError, match=r"linear: workspace.partials: got 64 elements, expected at least \d+ for 3 rows of 40 x 64"):
+        room.linear(torch.ones(3, 64, device=device), torch.ones(40, 64, device=device), workspace=small)
+
+
+def test_fused_products_refuse_what_torch_would_take_over(device):
+    x, weight, norm = torch.ones(room.MOST_TOKENS + 1, 8, device=device), torch.ones(4, 8, device=device), torch.ones(8, device=device)
+    with pytest.raises(ValueError, match="norm_linear: x: got 65 rows, expected at most 64; call the norm, linear and the add apart"):
+        room.norm_linear(x, norm, weight)
+    with pytest.raises(ValueError, match="linear_residual: x: got 65 rows"):
+        room.linear_residual(x, weight, torch.ones(room.MOST_TOKENS + 1, 4, device=device))
 
 
 @pytest.mark.gpu
-@given(seeds, st.sampled_from([torch.float16, torch.bfloat16]), st.sampled_from([1, 16, 17, 40, 64]))
-def test_rows_keep_their_bits_at_model_shapes(device, seed, dtype, T):
+@given(seeds, st.sampled_from([torch.float16, torch.bfloat16]), st.sampled_from([1, 16, 17, 40, 64]), st.integers(0, 4))
+def test_rows_keep_their_bits_at_model_shapes(device, seed, dtype, T, op):
     order = torch.randperm(256, generator=torch.Generator().manual_seed(seed)).to(device)
     for shape in ((2048, 2048), (3072, 2048), (16384, 2048), (2048, 8192)):
-        check_rows_keep_their_bits(room.linear, seed, dtype, T, shape, order)
+        check_rows_keep_their_bits(fused(device, seed, shape, dtype)[op], seed, dtype, T, shape, order)
+
+
+def check_replays(device, op, replays):
+    """One bit pattern over many replays of a graph, in scratch that held junk, whose counters end as zeros."""
+    x, weight, bias = inputs(0, 5, 2048, 2048, torch.bfloat16, device)
+    workspace, out = scratch(device), torch.empty(5, 2048, dtype=torch.bfloat16, device=device)
+    op(x, weight, out, bias, None, workspace)
+    want, graph = out.clone(), torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        op(x, weight, out, bias, None, workspace)
+    for _ in range(replays):
+        out.fill_(float("nan"))
+        workspace.partials.fill_(float("nan"))
+        graph.replay()
+        assert_same(out, want)
+    assert not workspace.counters.any(), "a counter is not zero after the launch"
+
+
+@pytest.mark.gpu
+def test_replays_give_one_bit_pattern(device):
+    check_replays(device, room.linear_out, 200)
+
+
+@pytest.mark.gpu
+def test_control_a_counter_that_is_not_reset_is_caught(device):
+    def broken(*arguments):
+        room.linear_out(*arguments)
+        arguments[-1].counters.fill_(1)
+
+    with pytest.raises(AssertionError):
+        check_replays(device, broken, 2)
 
 
 @pytest.mark.parametrize("change, error, words", [

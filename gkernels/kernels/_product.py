@@ -1,0 +1,262 @@
+"""The product of few rows with a weight, which linear, norm_linear, linear_residual, norm_gate_up and norm_qkv share.
+
+A program holds a tile of weight rows as the M operand of the dot, because 64 of them fill it and 1 token does not. Where N gives fewer programs
+than the device needs, K is split: the last program of a tile to arrive adds the float32 sums in the order of K. A preceding RMSNorm is
+folded in: the dot sees x * norm, rounded once, and each sum is scaled by its row's 1 / rms, whose squares are the diagonal of x x^T.
+Tiles of weight rows, splits and every order of addition follow from (N, K, dtype), so a row's bits are the same for any T, tile and place.
+
+On Hopper and later the nodes overlap (programmatic dependent launch): a program starts while the node before still runs, asks the L2 for
+weights, which no node writes, and waits for that node's end before anything else is read or written.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from triton.language.extra import cuda
+
+from . import _check
+from ._arrive import arrive
+
+MOST_TOKENS = 64          # above it cuBLAS is 1.2 to 4 times faster on the H200; below, this is level with it or faster at most shapes
+MULTIPROCESSORS = 132     # of the H100 and the H200: fewer programs than this leave read bandwidth idle
+SHARED_BYTES = 96 << 10   # what every GPU since 2020 gives a block
+MOST_SPLIT = 288          # programs of a product whose K is split: two a multiprocessor, and some
+MOST_SPLITS = 4           # of one K: 8 gain 4 % at one token where N = 2048 and K = 8192, and lose 15 % at 64, where the last program has more to add
+AHEAD_BYTES = 1024        # of each weight row that a program asks for before it waits
+
+
+@dataclass(frozen=True)
+class Tile:
+    """All that is static about the products of a launch, as one constant. BLOCK_M and num_stages change no bit."""
+
+    N: int
+    K: int
+    TILES: int                # of weight rows
+    BLOCK_M: int
+    BLOCK_N: int
+    BLOCK_K: int
+    SPLITS: int               # programs that share a tile's K
+    STEPS: int                # blocks of K a program
+    EVEN: bool                # no tile passes N or K
+    LINES: int                # of 128 bytes that a program asks of each of its weight rows before it waits; 0 where it cannot
+    num_warps: int
+    num_stages: int
+
+    def grid(self, T: int) -> tuple[int]:
+        return (triton.cdiv(T, self.BLOCK_M) * self.TILES * self.SPLITS,)
+
+    def options(self) -> dict[str, int]:
+        overlap = {"launch_pdl": True} if self.LINES else {}
+        # 255 registers, or sm_80 spills at 72; but on Hopper, which does not, the node of q, k and v would take 218 instead of 79
+        return dict(num_warps=self.num_warps, num_stages=self.num_stages) | overlap | ({} if capability() // 10 == 9 else _check.registers(255))
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """Scratch of products whose K is split, for launches that follow each other in one stream: one size for all shapes."""
+
+    partials: torch.Tensor    # float32
+    counters: torch.Tensor    # int32, zeros between launches
+
+    @classmethod
+    def allocate(cls, device: torch.device | str) -> Workspace:
+        return cls(torch.empty(MOST_SPLIT * (128 + 1) * MOST_TOKENS, dtype=torch.float32, device=device),
+                   torch.zeros(MOST_SPLIT * 4, dtype=torch.int32, device=device))
+
+
+def capability() -> int:
+    """Of the GPU that kernels are compiled for, 90 for Hopper; 0 where that is none of NVIDIA's."""
+    target = None if _check.INTERPRETED else triton.runtime.driver.active.get_current_target()
+    return target.arch if target and target.backend == "cuda" else 0
+
+
+def overlaps() -> bool:
+    """Whether nodes of a graph may overlap on the device that kernels are compiled for."""
+    return capability() >= 90
+
+
+def tile(T: int, N: int, K: int, dtype: torch.dtype, splits: bool, normed: bool, group: tuple[int, int] | None = None) -> Tile:
+    """How the product of T rows with [N, K] is cut. group: (rows, tiles), where the caller's rows come in groups, each padded to that many."""
+    if _check.INTERPRETED:    # which pays 0.1 ms an operation whatever its size: few tiles, each as large as may be
+        BLOCK_M, BLOCK_N = (max(triton.next_power_of_2(n), 16) for n in (T, N))
+        BLOCK_N, TILES = group or (min(BLOCK_N, 256), triton.cdiv(N, min(BLOCK_N, 256)))
+        SPLITS, num_warps, num_stages = 2 if splits and K > 16 else 1, 4, 1
+        BLOCK_K = min(max(triton.next_power_of_2(triton.cdiv(K, SPLITS)), 16), 256)
+    else:
+        BLOCK_N, TILES = group or _rows(N, dtype, splits)
+        BLOCK_M, BLOCK_K, SPLITS, num_warps, num_stages = _block(T, K, dtype, splits, normed, BLOCK_N, TILES)
+    STEPS = triton.cdiv(triton.cdiv(K, BLOCK_K), SPLITS)
+    lines = min(STEPS * BLOCK_K * dtype.itemsize, AHEAD_BYTES) // 128
+    return Tile(N, K, TILES, BLOCK_M, BLOCK_N, BLOCK_K, SPLITS, STEPS, N == BLOCK_N * TILES and K == BLOCK_K * SPLITS * STEPS,
+                1 << (lines.bit_length() - 1) if overlaps() and lines else 0, num_warps, num_stages)
+
+
+def _rows(N, dtype, splits):
+    """(rows of a tile, tiles)"""
+    if dtype == torch.float32:   # no tensor cores: tiles of 32 keep the fused multiply-adds in registers
+        rows = 32
+    elif splits and N >= 1024:
+        rows = 64
+    else:
+        enough = {64: MULTIPROCESSORS, 32: 96}      # programs: with 96 of 32 rows the H200 reads 3072 x 2048 in 6.3 us, with 192 of 16 in 8.1
+        rows = next((b for b in enough if triton.cdiv(N, b) >= enough[b]), 16)
+    return rows, triton.cdiv(N, rows)
+
+
+def _block(T, K, dtype, splits, normed, BLOCK_N, TILES):
+    """(BLOCK_M, BLOCK_K, SPLITS, num_warps, num_stages)"""
+    half = dtype != torch.float32
+    # Only Hopper's products take x from shared memory: elsewhere it passes through registers, and 64 rows of it spill beside their squares
+    hopper, shared = half and capability() // 10 == 9, SHARED_BYTES if capability() else SHARED_BYTES * 2 // 3      # AMD's programs have 64 KiB
+    widest = (64 if half else 32) // (2 if normed and not hopper else 1)
+    BLOCK_M = min(max(triton.next_power_of_2(T), 16), max(widest * 128 // max(BLOCK_N, 128), 16))
+    # Masked tiles of 128 x 128 spill, and heads of 128 rows leave room for two stages of 128 columns only
+    BLOCK_K = next((b for b in (128, 64) if K % b == 0 and half and b * BLOCK_N <= 8192), 32 if half or BLOCK_N < 128 else 16)
+    SPLITS = 1
+    while splits and SPLITS < MOST_SPLITS and TILES * SPLITS * 2 <= MOST_SPLIT and K >= BLOCK_K * SPLITS * 4:
+        SPLITS *= 2
+    wanted = 4 if BLOCK_N == 64 else 6              # the best of 3 to 8 on the H200 at one token
+    num_warps = 8 if BLOCK_N == 128 and not hopper else 4
+    return BLOCK_M, BLOCK_K, SPLITS, num_warps, min(wanted, shared // ((BLOCK_M + BLOCK_N) * BLOCK_K * dtype.itemsize))
+
+
+def check_norm(op: str, norm: torch.Tensor, K: int, x: torch.Tensor) -> None:
+    _check.tensor(op, "norm", norm, (K,), (x.dtype,), x.device)
+
+
+def check_workspace(op: str, workspace: Workspace | None, c: Tile, T: int, device: torch.device) -> tuple:
+    """(partials, counters) of a launch, which has to find room in them; Nones without a workspace."""
+    if workspace is None:
+        return None, None
+    tiles = triton.cdiv(T, c.BLOCK_M) * c.TILES
+    for name, t, dtype, need in (("partials", workspace.partials, torch.float32, tiles * c.SPLITS * (c.BLOCK_N + 1) * c.BLOCK_M),
+                                 ("counters", workspace.counters, torch.int32, tiles)):
+        _check.tensor(op, f"workspace.{name}", t, (None,), (dtype,), device, writes=True)
+        _check.require(c.SPLITS == 1 or t.numel() >= need, op, f"workspace.{name}", f"{t.numel()} elements",
+                       f"at least {need} for {T} rows of {c.N} x {c.K}; Workspace.allocate makes enough for {MOST_TOKENS} rows of a model's")
+    return workspace.partials, workspace.counters
+
+
+@triton.jit
+def place(T, C: tl.constexpr):
+    """(row tile, tile of weight rows, split, tile of the output) of a program. Row tiles of one weight tile are neighbours: L2 holds it."""
+    num_m = tl.cdiv(T, C.BLOCK_M)
+    pid_m, rest = tl.program_id(0) % num_m, tl.program_id(0) // num_m
+    return pid_m, rest // C.SPLITS, rest % C.SPLITS, rest // C.SPLITS * num_m + pid_m
+
+
+@triton.jit
+def enter(weight_ptr, rows, split, C: tl.constexpr):
+    """Lets the next node start, asks the L2 for the first lines of the weight rows [BLOCK_N] (int64), and waits for the node before."""
+    if C.LINES:
+        cuda.gdc_launch_dependents()
+        PER_LINE: tl.constexpr = 1024 // weight_ptr.dtype.element_ty.primitive_bitwidth
+        offs_k = split * (C.STEPS * C.BLOCK_K) + tl.arange(0, C.LINES) * PER_LINE
+        lines = weight_ptr + (tl.minimum(rows, C.N - 1)[:, None] * C.K + tl.minimum(offs_k, C.K - 1)[None, :])
+        tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [lines.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1)
+        cuda.gdc_wait()
+
+
+@triton.jit
+def _norm(norm_ptr, k, C: tl.constexpr):
+    """Norm weights [BLOCK_K] from k on, in float32. Halves are read as pairs, since what the pipeline fetches ahead has 4 bytes a thread or more."""
+    if norm_ptr.dtype.element_ty == tl.float32 or C.K != C.BLOCK_K * C.STEPS * C.SPLITS:
+        offs_k = k + tl.arange(0, C.BLOCK_K)
+        return tl.load(norm_ptr + offs_k, offs_k < C.K, other=0.0).to(tl.float32)
+    else:
+        pairs = tl.load(norm_ptr.to(tl.pointer_type(tl.int32)) + k // 2 + tl.arange(0, C.BLOCK_K // 2))
+        low, high = (pairs & 0xFFFF).to(tl.int16), (pairs >> 16).to(tl.int16)
+        norm_type: tl.constexpr = norm_ptr.dtype.element_ty
+        return tl.interleave(low.to(norm_type, bitcast=True).to(tl.float32), high.to(norm_type, bitcast=True).to(tl.float32))
+
+
+@triton.jit
+def sums(
+    x_ptr,         # [T, K]
+    weight_ptr,    # [N, K]
+    norm_ptr,      # [K]; None without a norm
+    rows,          # [BLOCK_N] int64: the tile's weight rows; those past N are masked
+    offs_m,        # [BLOCK_M]
+    mask_live,     # [BLOCK_M]
+    stride_xt, split, zero,
+    C: tl.constexpr,
+):
+    """The split's products [BLOCK_N, BLOCK_M] and x x^T [BLOCK_M, BLOCK_M], zeros without a norm. `zero` is one that the assembler cannot know:
+    ptxas 12.8 drops wgmma products whose sums start at 0 and meet a select with 0, as they do at every op's end."""
+    first_k, offs_k = split * (C.STEPS * C.BLOCK_K), tl.arange(0, C.BLOCK_K)
+    x_tile = x_ptr + offs_m.to(tl.int64)[:, None] * stride_xt + (first_k + offs_k)[None, :]
+    weight_tile = weight_ptr + rows[:, None] * C.K + (first_k + offs_k)[None, :]
+    acc = tl.full((C.BLOCK_N, C.BLOCK_M), 0, tl.float32) + zero
+    gram = tl.full((C.BLOCK_M, C.BLOCK_M), 0, tl.float32) + zero
+    for k in range(0, C.STEPS * C.BLOCK_K, C.BLOCK_K):
+        if C.EVEN:
+            weight = tl.load(weight_tile + k, eviction_policy="evict_first")
+            x = tl.load(x_tile + k, mask_live[:, None], other=0.0)
+        else:
+            mask_k = (first_k + k + offs_k < C.K)[None, :]
+            weight = tl.load(weight_tile + k, (rows < C.N)[:, None] & mask_k, other=0.0, eviction_policy="evict_first")
+            x = tl.load(x_tile + k, mask_live[:, None] & mask_k, other=0.0)
+        if norm_ptr is not None:
+            gram = tl.dot(x, x.T, gram, input_precision="ieee")
+            norm = _norm(norm_ptr, first_k + k, C)
+            x = (x.to(tl.float32) * norm[None, :]).to(x.dtype)
+        acc = tl.dot(weight, x.T, acc, input_precision="ieee")
+    return acc, gram
+
+
+@triton.jit
+def squares(gram, C: tl.constexpr):
+    """The diagonal [BLOCK_M] of x x^T: one term a sum, so that its order matters to no bit."""
+    offs = tl.arange(0, C.BLOCK_M)
+    return tl.sum(tl.where(offs[:, None] == offs[None, :], gram, 0.0), 0)
+
+
+@triton.jit
+def _partial(partials_ptr, tile, split, C: tl.constexpr):
+    return partials_ptr + (tile * C.SPLITS + split) * ((C.BLOCK_N + 1) * C.BLOCK_M)
+
+
+@triton.jit
+def leave(acc, square, partials_ptr, counters_ptr, tile, split, HAS_NORM: tl.constexpr, C: tl.constexpr):
+    """Leaves a split's sums where the tile's last program finds them; true for that one."""
+    offs_n, offs_m = tl.arange(0, C.BLOCK_N), tl.arange(0, C.BLOCK_M)
+    mine = _partial(partials_ptr, tile, split, C)
+    tl.store(mine + offs_n[:, None] * C.BLOCK_M + offs_m[None, :], acc)
+    if HAS_NORM:
+        tl.store(mine + C.BLOCK_N * C.BLOCK_M + offs_m, square)
+    return arrive(counters_ptr + tile, C.SPLITS)
+
+
+@triton.jit
+def collect(acc, square, partials_ptr, tile, HAS_NORM: tl.constexpr, C: tl.constexpr):
+    """The sums over all splits, in their order."""
+    SPLITS: tl.constexpr = C.SPLITS
+    offs_n, offs_m = tl.arange(0, C.BLOCK_N), tl.arange(0, C.BLOCK_M)
+    acc, square = tl.zeros_like(acc), tl.zeros_like(square)
+    for split in tl.static_range(SPLITS):                   # unrolled: all loads are under way before the first is waited for
+        part = _partial(partials_ptr, tile, split, C)
+        acc += tl.load(part + offs_n[:, None] * C.BLOCK_M + offs_m[None, :], cache_modifier=".cg")
+        if HAS_NORM:
+            square += tl.load(part + C.BLOCK_N * C.BLOCK_M + offs_m, cache_modifier=".cg")
+    return acc, square
+
+
+@triton.jit
+def normed(acc, square, bias_ptr, rows, eps, C: tl.constexpr):
+    """The sums, scaled by each row's 1 / rms, plus the bias; fused by name, so that no layout decides whether the compiler does it."""
+    scale = tl.broadcast_to(tl.rsqrt(square / C.K + eps)[None, :], acc.shape)
+    if bias_ptr is not None:
+        bias = tl.load(bias_ptr + rows, rows < C.N, other=0.0).to(tl.float32)
+        return tl.fma(acc, scale, tl.broadcast_to(bias[:, None], acc.shape))
+    else:
+        return acc * scale
+
+
+@triton.jit
+def halves(tile, C: tl.constexpr):
+    """The first and the second BLOCK_N / 2 rows of a tile [BLOCK_N, BLOCK_M]."""
+    return tl.split(tl.permute(tl.reshape(tile, (2, C.BLOCK_N // 2, C.BLOCK_M)), (1, 2, 0)))

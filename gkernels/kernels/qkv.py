@@ -1,0 +1,173 @@
+"""A decoder's way into attention in one node: RMSNorm, q, k and v projections, RMSNorm of the heads of q and k (Qwen 3), rotary embedding, and
+the write of k and v to their cache slots.
+
+  [q, k, v] = rmsnorm(x, norm) @ weight.T + bias;  q_out = rotate(rmsnorm(q, q_norm));  cache[slot] = rotate(rmsnorm(k, k_norm)), v
+x [T, K] with any row stride, norm [K], weight [(H + 2 KV) D, K] (the rows of q, then k, then v), bias [(H + 2 KV) D] or None, q_norm and
+k_norm [D] or None, positions int32 [T], cos_sin float32 [L, rotary_dim], slot_mapping int64 [T], caches [N, P, KV, D] -> q_out [T, H, D].
+The pairs of a head are (d, d + rotary_dim / 2); dimensions past rotary_dim are copied. float32 from the product on, one cast at each store.
+The dot sees x * norm rounded to x's dtype (in float16 it must stay below 65504).
+Graph-safe: the grid and the tiles depend on T, K and the heads only; rows at or past num_tokens[0] are zeros in q_out, are never read, and
+write to no slot, and neither does a slot outside the cache. A position outside the table gives NaN in q and k.
+Batch-invariant, for at most MOST_TOKENS rows: a program holds one head, see _product.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from . import _check, _product
+from ._product import MOST_TOKENS, Tile, Workspace
+from .kv_cache import locate_slot
+
+MAX_D = 128               # wider heads spill
+
+
+@triton.jit
+def _column_sums(tile, ROWS: tl.constexpr):
+    """Sums over the rows of a tile [ROWS, BLOCK_M], a power of two of them, first half to second: in an order that no layout changes."""
+    for _ in tl.static_range(ROWS.bit_length() - 1):
+        first, second = tl.split(tl.permute(tl.reshape(tile, (2, tile.shape[0] // 2, tile.shape[1])), (1, 2, 0)))
+        tile = first + second
+    return tile
+
+
+@triton.jit
+def _store_pairs(tile, first, second, offs_first, offs_second, mask_first, mask_second):
+    """first and second [HALF, BLOCK_M] at tile [1, BLOCK_M] + offs [HALF, 1]."""
+    tl.store(tile + offs_first, first.to(tile.dtype.element_ty), mask_first)
+    tl.store(tile + offs_second, second.to(tile.dtype.element_ty), mask_second)
+
+
+@triton.jit(do_not_specialize=["T", "max_len", "num_pages"],
+            do_not_specialize_on_alignment=["positions_ptr", "slot_mapping_ptr", "num_tokens_ptr"])
+def _norm_qkv_kernel(
+    x_ptr,             # [T, K]
+    norm_ptr,          # [K]
+    weight_ptr,        # [(H + 2 KV) D, K]
+    bias_ptr,          # [(H + 2 KV) D]; None without a bias
+    q_norm_ptr,        # [D]; None without a norm of q's heads
+    k_norm_ptr,        # [D]; None without a norm of k's heads
+    positions_ptr,     # [T] int32
+    cos_sin_ptr,       # [L, 2 * ROTARY]
+    slot_mapping_ptr,  # [T] int64
+    k_cache_ptr,       # [N, P, KV, D]
+    v_cache_ptr,       # [N, P, KV, D]
+    q_out_ptr,         # [T, H, D]
+    partials_ptr,      # float32; None without a workspace
+    counters_ptr,      # int32; None without a workspace
+    num_tokens_ptr,    # [1] int32; None when every row is live
+    T, max_len, num_pages, eps,
+    stride_xt, stride_kcn, stride_kcp, stride_kch, stride_vcn, stride_vcp, stride_vch, stride_qot, stride_qoh,
+    H: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, ROTARY: tl.constexpr, PAGE_SIZE: tl.constexpr, C: tl.constexpr,
+):
+    BLOCK_M: tl.constexpr = C.BLOCK_M
+    HALF: tl.constexpr = C.BLOCK_N // 2
+    REST: tl.constexpr = (D - 2 * ROTARY + 1) // 2          # what is not rotated lies in pairs too, of which the last may be half a pair
+    pid_m, head, split, tile = _product.place(T, C)
+    offs_m, offs_n, pair = pid_m * C.BLOCK_M + tl.arange(0, C.BLOCK_M), tl.arange(0, C.BLOCK_N), tl.arange(0, HALF)
+    # [BLOCK_N]: the first of each pair of the head, then the second
+    column = offs_n % HALF + tl.where(offs_n % HALF < ROTARY, offs_n // HALF * ROTARY, ROTARY + offs_n // HALF * REST)
+    is_row = (offs_n % HALF < ROTARY + REST) & (column < D)
+    rows = tl.where(is_row, head * D + column, C.N).to(tl.int64)
+    _product.enter(weight_ptr, rows, split, C)
+    # [HALF, 1]
+    is_rotary = (pair < ROTARY)[:, None]
+    offs_first, offs_second = (pair + tl.where(pair < ROTARY, 0, ROTARY))[:, None], (pair + tl.where(pair < ROTARY, ROTARY, ROTARY + REST))[:, None]
+    is_first, is_second = (pair < ROTARY + REST)[:, None], (pair < ROTARY + REST)[:, None] & (offs_second < D)
+    # [1, BLOCK_M]
+    q_out = q_out_ptr + offs_m.to(tl.int64)[None, :] * stride_qot + head.to(tl.int64) * stride_qoh
+    is_token = (offs_m < T)[None, :]
+    live = T
+    if num_tokens_ptr is not None:
+        live = tl.minimum(tl.load(num_tokens_ptr), T)
+        if pid_m * C.BLOCK_M >= live:
+            writes, zeros = is_token & (head < H) & (split == 0), tl.zeros((HALF, BLOCK_M), tl.float32)
+            _store_pairs(q_out, zeros, zeros, offs_first, offs_second, is_first & writes, is_second & writes)
+            return
+    mask_live = offs_m < live
+    acc, gram = _product.sums(x_ptr, weight_ptr, norm_ptr, rows, offs_m, mask_live, stride_xt, split, (T >> 31).to(tl.float32), C)
+    square = _product.squares(gram, C)
+    if C.SPLITS > 1:
+        if not _product.leave(acc, square, partials_ptr, counters_ptr, tile, split, True, C):
+            return
+        acc, square = _product.collect(acc, square, partials_ptr, tile, True, C)
+    first, second = _product.halves(_product.normed(acc, square, bias_ptr, rows, eps, C), C)      # [HALF, BLOCK_M]
+    if q_norm_ptr is not None or k_norm_ptr is not None:
+        scale = tl.rsqrt(_column_sums(tl.fma(first, first, second * second), HALF) / D + eps)
+        if q_norm_ptr is not None:
+            if head < H:
+                first *= scale * tl.load(q_norm_ptr + offs_first, is_first, other=0.0).to(tl.float32)
+                second *= scale * tl.load(q_norm_ptr + offs_second, is_second, other=0.0).to(tl.float32)
+        if k_norm_ptr is not None:
+            if (head >= H) & (head < H + KV):
+                first *= scale * tl.load(k_norm_ptr + offs_first, is_first, other=0.0).to(tl.float32)
+                second *= scale * tl.load(k_norm_ptr + offs_second, is_second, other=0.0).to(tl.float32)
+    if head < H + KV:
+        position = tl.load(positions_ptr + offs_m, mask_live, other=0).to(tl.int64)[None, :]
+        is_known = (position >= 0) & (position < max_len)
+        angles = cos_sin_ptr + tl.where(is_known, position, 0) * (2 * ROTARY) + pair[:, None]
+        cos = tl.load(angles, is_rotary & is_known, other=1.0)
+        sin = tl.load(angles + ROTARY, is_rotary & is_known, other=0.0)
+        # explicit fma, here and above: the bits do not depend on which of the two products a compiler would fuse
+        turned, nan = tl.fma(first, cos, -(second * sin)), float("nan")
+        second = tl.where(is_known, tl.where(is_rotary, tl.fma(second, cos, first * sin), second), nan)
+        first = tl.where(is_known, tl.where(is_rotary, turned, first), nan)
+    if head < H:
+        first, second = tl.where(mask_live[None, :], first, 0.0), tl.where(mask_live[None, :], second, 0.0)
+        _store_pairs(q_out, first, second, offs_first, offs_second, is_first & is_token, is_second & is_token)
+    else:
+        slot = tl.load(slot_mapping_ptr + offs_m, mask_live, other=-1)[None, :]
+        if head < H + KV:
+            offset, is_slot = locate_slot(slot, num_pages, stride_kcn, stride_kcp, PAGE_SIZE)
+            k_tile = k_cache_ptr + offset + (head - H).to(tl.int64) * stride_kch
+            _store_pairs(k_tile, first, second, offs_first, offs_second, is_first & is_slot, is_second & is_slot)
+        else:
+            offset, is_slot = locate_slot(slot, num_pages, stride_vcn, stride_vcp, PAGE_SIZE)
+            v_tile = v_cache_ptr + offset + (head - H - KV).to(tl.int64) * stride_vch
+            _store_pairs(v_tile, first, second, offs_first, offs_second, is_first & is_slot, is_second & is_slot)
+
+
+def config(T: int, heads: int, D: int, rotary_dim: int, K: int, dtype: torch.dtype, splits: bool) -> Tile:
+    """A tile is a head, its pairs padded to a power of two."""
+    pairs = rotary_dim // 2 + (D - rotary_dim + 1) // 2
+    return _product.tile(T, heads * D, K, dtype, splits, True, (max(2 * triton.next_power_of_2(pairs), 16), heads))
+
+
+def norm_qkv(x: torch.Tensor, norm: torch.Tensor, weight: torch.Tensor, eps: float, positions: torch.Tensor, cos_sin: torch.Tensor,
+             slot_mapping: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, q_out: torch.Tensor, bias: torch.Tensor | None = None,
+             q_norm: torch.Tensor | None = None, k_norm: torch.Tensor | None = None, num_tokens: torch.Tensor | None = None,
+             workspace: Workspace | None = None) -> None:
+    """Writes q to `q_out`, k and v to their slots, all heads' norms with one eps. Shapes: see the module. Raises ValueError or TypeError."""
+    op, device = "norm_qkv", x.device
+    _check.tensor(op, "x", x, (None, None), _check.FLOATS)
+    T, K = x.shape
+    _check.tensor(op, "q_out", q_out, (T, None, None), (x.dtype,), device, writes=True)
+    H, D = q_out.shape[1:]
+    _check.require(H >= 1 and 2 <= D <= MAX_D, op, "q_out", f"{H} heads of D = {D}", f"at least one, 2 to {MAX_D}")
+    _check.tensor(op, "k_cache", k_cache, (None, None, None, D), _check.FLOATS, device, writes=True)
+    N, P, KV, _ = k_cache.shape
+    _check.tensor(op, "v_cache", v_cache, (N, P, KV, D), (k_cache.dtype,), device, writes=True)
+    _check.require(N * P * KV >= 1 and H % KV == 0, op, "k_cache", f"shape {list(k_cache.shape)}", f"pages, and heads that divide the {H} of q")
+    _check.tensor(op, "weight", weight, ((H + 2 * KV) * D, K), (x.dtype,), device, dense=2)
+    _check.require(K >= 1, op, "x", "no columns", "at least one")
+    _product.check_norm(op, norm, K, x)
+    _check.tensor(op, "positions", positions, (T,), (torch.int32,), device, aligned=False)
+    _check.tensor(op, "slot_mapping", slot_mapping, (T,), (torch.int64,), device, aligned=False)
+    _check.tensor(op, "cos_sin", cos_sin, (None, None), (torch.float32,), device, dense=2)
+    L, rotary_dim = cos_sin.shape
+    _check.require(2 <= rotary_dim <= D and rotary_dim % 2 == 0, op, "cos_sin", f"{rotary_dim} columns", f"an even number, 2 to D = {D}")
+    for name, t, n in (("bias", bias, (H + 2 * KV) * D), ("q_norm", q_norm, D), ("k_norm", k_norm, D)):
+        if t is not None:
+            _check.tensor(op, name, t, (n,), (x.dtype,), device)
+    _check.counter(op, "num_tokens", num_tokens, device)
+    _check.require(T <= MOST_TOKENS, op, "x", f"{T} rows", f"at most {MOST_TOKENS}; call rmsnorm, linear and rotary_kv_write apart")
+    if T == 0:
+        return
+    c = config(T, H + 2 * KV, D, rotary_dim, K, x.dtype, workspace is not None)
+    _norm_qkv_kernel[c.grid(T)](
+        x, norm, weight, bias, q_norm, k_norm, positions, cos_sin, slot_mapping, k_cache, v_cache, q_out,
+        *_product.check_workspace(op, workspace, c, T, device), num_tokens, T, L, N, eps,
+        x.stride(0), *k_cache.stride()[:3], *v_cache.stride()[:3], *q_out.stride()[:2],
+        H=H, KV=KV, D=D, ROTARY=rotary_dim // 2, PAGE_SIZE=P, C=c, **c.options())

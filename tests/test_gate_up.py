@@ -1,0 +1,120 @@
+"""norm_gate_up against its twin, and the properties that the twin does not show."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import reference.gate_up as twin
+from gkernels.kernels import gate_up as room
+from tests.close import assert_no_worse, assert_same
+from tests.strategies import counter, dtypes, poisons, randn, seeds, strided
+
+shapes = st.sampled_from([(1, 16), (5, 24), (16, 100), (48, 128), (140, 40)])     # F, K
+
+
+def inputs(seed, T, F, K, dtype, device):
+    """x, norm, weight and bias, of a size that leaves silu its bend."""
+    x, norm, weight, bias = (randn(seed + i, *shape, dtype=dtype, device=device) for i, shape in enumerate([(T, K), (K,), (2 * F, K), (2 * F,)]))
+    return x, norm, weight / K ** 0.5, bias
+
+
+def check_equals_reference(norm_gate_up, device, seed, dtype, T, shape, has_bias=True, is_strided=False, size=1.0):
+    x, norm, weight, bias = inputs(seed, T, *shape, dtype, device)
+    x, bias = x * size, bias if has_bias else None
+    got = norm_gate_up(strided(x) if is_strided else x, norm, weight, 1e-5, bias)
+    want = twin.norm_gate_up(x.double(), norm.double(), weight.double(), 1e-5, None if bias is None else bias.double())
+    assert_no_worse(got, want, twin.norm_gate_up(x, norm, weight, 1e-5, bias))
+
+
+@given(seeds, dtypes, st.sampled_from([1, 2, 17, 33]), shapes, st.booleans(), st.booleans(), st.sampled_from([1.0, 2.0**-8]))
+def test_equals_reference(device, seed, dtype, T, shape, has_bias, is_strided, size):
+    check_equals_reference(room.norm_gate_up, device, seed, dtype, T, shape, has_bias, is_strided, size)
+
+
+@pytest.mark.parametrize("broken", [
+    lambda x, norm, weight, eps, bias: room.norm_gate_up(x, norm, weight.roll(len(weight) // 2, 0), eps, bias.roll(len(bias) // 2)),
+    lambda x, norm, weight, eps, bias: room.norm_gate_up(x, norm, weight, 0.0, bias),
+    lambda x, norm, weight, eps, bias: room.norm_gate_up(x, norm, weight, eps, bias.roll(1)),
+    lambda x, norm, weight, eps, bias: room.norm_gate_up(x, norm, weight, eps, bias).roll(1, 1),
+], ids=["up gated by itself", "eps forgotten", "another column's bias", "another column"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_control_broken_nodes_are_caught(device, broken, dtype):
+    with pytest.raises(AssertionError, match=r"RMS error|greatest error"):
+        check_equals_reference(broken, device, 0, dtype, 3, (48, 128), size=2.0**-8)
+
+
+def check_rows_keep_their_bits(norm_gate_up, device, seed, dtype, T, shape):
+    """Each row alone equals the row in a batch of T among others, in another place."""
+    x, norm, weight, bias = inputs(seed, T, *shape, dtype, device)
+    want = torch.cat([norm_gate_up(row[None].clone(), norm, weight, 1e-5, bias) for row in x[:4]])
+    order = torch.randperm(T, generator=torch.Generator().manual_seed(seed)).to(device)
+    assert_same(norm_gate_up(x[order], norm, weight, 1e-5, bias)[order.argsort()][:4], want)
+
+
+@given(seeds, dtypes, st.sampled_from([4, 20, 40, 64]), shapes)
+def test_rows_keep_their_bits(device, seed, dtype, T, shape):
+    check_rows_keep_their_bits(room.norm_gate_up, device, seed, dtype, T, shape)
+
+
+@pytest.mark.gpu
+@given(seeds, st.sampled_from([torch.float16, torch.bfloat16]), st.sampled_from([16, 17, 40, 64]), st.sampled_from([(8192, 2048), (14336, 4096)]))
+def test_rows_keep_their_bits_at_model_shapes(device, seed, dtype, T, shape):
+    check_rows_keep_their_bits(room.norm_gate_up, device, seed, dtype, T, shape)
+
+
+def test_control_a_row_that_sees_the_batch_is_caught(device):
+    with pytest.raises(AssertionError, match="elements differ"):
+        check_rows_keep_their_bits(lambda x, *rest: room.norm_gate_up(x + 1e-6 * x.mean(), *rest), device, 0, torch.float32, 20, (48, 128))
+
+
+def check_pads(norm_gate_up, device, seed, dtype, live, pads, shape, poison):
+    x, norm, weight, bias = inputs(seed, live + pads, *shape, dtype, device)
+    want = room.norm_gate_up(x[:live].clone(), norm, weight, 1e-5, bias)
+    x[live:] = poison
+    got = norm_gate_up(x, norm, weight, 1e-5, bias, counter(live, device))
+    assert_same(got, torch.cat([want, torch.zeros_like(got[live:])]))
+
+
+@given(seeds, dtypes, st.sampled_from([0, 1, 5, 17]), st.sampled_from([0, 1, 30]), shapes, poisons)
+def test_pads_are_zero_and_leak_nothing(device, seed, dtype, live, pads, shape, poison):
+    check_pads(room.norm_gate_up, device, seed, dtype, live, pads, shape, poison)
+
+
+def test_control_read_pads_are_caught(device):
+    with pytest.raises(AssertionError):
+        check_pads(lambda *arguments: room.norm_gate_up(*arguments[:-1]), device, 0, torch.float16, 3, 2, (48, 128), float("nan"))
+
+
+@given(seeds, dtypes, st.sampled_from([-1, 0, 2, 50]))
+def test_a_bad_counter_is_clamped(device, seed, dtype, count):
+    arguments = inputs(seed, 5, 16, 100, dtype, device)
+    got, want = (room.norm_gate_up(*arguments[:3], 1e-5, arguments[3], counter(n, device)) for n in (count, min(max(count, 0), 5)))
+    assert_same(got, want)
+
+
+@given(seeds, st.sampled_from([1, 17]), shapes)
+def test_integers_are_exact_before_the_activation(device, seed, T, shape):
+    """Entries of x are 2 or -2, so 1 / rms is 0.5; gates of 64 and more make silu the identity, so that out is the product of two integers."""
+    x, norm, weight, _ = inputs(seed, T, *shape, torch.float32, device)
+    F, x, norm, weight = shape[0], 2 * (x > 0) - 2.0 * (x <= 0), norm.round().clamp(-2, 2), weight.mul(shape[1] ** 0.5).round().clamp(-2, 2)
+    bias = torch.cat([torch.full((F,), 128.0 + 4 * shape[1], device=device), torch.zeros(F, device=device)])
+    g, u = (x.double() * norm.double() / 2 @ weight.double().T + bias.double()).chunk(2, 1)
+    assert_same(room.norm_gate_up(x, norm, weight, 0.0, bias), (g * u).float() + 0.0)
+
+
+def test_no_rows(device):
+    assert room.norm_gate_up(torch.ones(0, 8, device=device), torch.ones(8, device=device), torch.ones(6, 8, device=device)).shape == (0, 3)
+
+
+@pytest.mark.parametrize("change, error, words", [
+    (dict(weight=torch.ones(5, 8)), ValueError, r"norm_gate_up: weight: got shape \[5, 8\], expected an even number of rows"),
+    (dict(norm=torch.ones(9)), ValueError, r"norm_gate_up: norm: got shape \[9\], expected \[8\]"),
+    (dict(x=torch.ones(65, 8)), ValueError, "norm_gate_up: x: got 65 rows, expected at most 64; call rmsnorm, linear and silu_and_mul apart"),
+    (dict(x=torch.ones(2, 8).half()), TypeError, "norm_gate_up: weight: got torch.float32, expected torch.float16; convert"),
+    (dict(bias=torch.ones(3)), ValueError, r"norm_gate_up: bias: got shape \[3\], expected \[6\]"),
+])
+def test_misuse_is_named(device, change, error, words):
+    arguments = dict(x=torch.ones(2, 8), norm=torch.ones(8), weight=torch.ones(6, 8), bias=None) | change
+    with pytest.raises(error, match=words):
+        room.norm_gate_up(**{k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in arguments.items()})

@@ -1,0 +1,85 @@
+"""Which nodes a step takes, by capacity and heads; and that the fused ones compute the model's logits."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+import reference.llama
+from gkernels import ops
+from gkernels.graph.launches import record
+from gkernels.model.cache import PagedCache
+from gkernels.model.config import LlamaConfig
+from gkernels.model.llama import Llama
+from gkernels.model.load import random_weights
+from gkernels.model.step import Row, Step
+from tests.close import assert_no_worse
+from tests.strategies_model import tiny_config
+
+FUSED = {"_norm_qkv_kernel", "_norm_gate_up_kernel"}
+SINGLE = {"_rmsnorm_kernel", "_rotary_kv_write_kernel", "_silu_and_mul_kernel"}
+LAYERS = 2
+
+
+def build(device, **changes):
+    config = LlamaConfig.from_dict(tiny_config(num_hidden_layers=LAYERS, **changes))
+    return config, Llama.build(config, random_weights(config, device, torch.float32), 48)
+
+
+def run(device, config, model, bucket):
+    """(logits, names of the kernels launched) of a step of a prefill chunk and a decoded token."""
+    cache = PagedCache.allocate(config.num_layers, 20, 4, config.num_kv_heads, config.head_dim, torch.float32, device)
+    cache.keys.fill_(0.5)
+    cache.values.fill_(0.25)
+    step = Step(model, cache, bucket, 4, 48)
+    step.stage([Row([5, 6, 7], 3, [1]), Row([9], 6, [2, 3])])
+    step(bucket)                                                                            # makes the bucket's plan
+    with record() as launches:
+        logits = step(bucket)
+    return logits[:2], [launch.kernel for launch in launches]
+
+
+@pytest.mark.parametrize("bucket, changes, fused", [(4, {}, True), (64, {}, True), (65, {}, False), (4, dict(head_dim=136), False)],
+                         ids=["few tokens", "the most", "one more", "wide heads"])
+def test_few_tokens_take_five_nodes_a_layer(device, bucket, changes, fused):
+    _, names = run(device, *build(device, **changes), bucket)
+    assert FUSED <= {*names} and not SINGLE & {*names} if fused else SINGLE <= {*names} and not FUSED & {*names}
+    if fused:
+        layers = [name for name in names if name in FUSED | {"_linear_kernel", "_attention_kernel"}]
+        node = ["_norm_qkv_kernel", "_attention_kernel", "_linear_kernel", "_norm_gate_up_kernel", "_linear_kernel"]
+        assert layers == node * LAYERS + ["_linear_kernel"]
+
+
+def forward(model, dtype):
+    """The first row's logits in plain PyTorch, with everything in `dtype`."""
+    cast = lambda holder: replace(holder, **{name: t.to(dtype) for name, t in vars(holder).items() if isinstance(t, torch.Tensor)})
+    weights = replace(cast(model.weights), layers=[cast(layer) for layer in model.weights.layers])
+    ids = torch.tensor([5, 6, 7], device=model.cos_sin.device)
+    return reference.llama.forward(weights, model.config, ids, model.cos_sin.to(dtype))[-1]
+
+
+def check_logits(device, config, model, told):
+    """told: the model whose logits these should be."""
+    assert_no_worse(run(device, config, model, 4)[0][0], forward(told, torch.float64), forward(told, torch.float32))
+
+
+@pytest.mark.parametrize("changes", [
+    {}, dict(architectures=["Qwen2ForCausalLM"]), dict(architectures=["Qwen3ForCausalLM"]), dict(attention_bias=True, mlp_bias=True, head_dim=20),
+    dict(hidden_size=40, intermediate_size=56, tie_word_embeddings=True)], ids=["llama", "bias", "head norms", "biases", "odd shapes, tied"])
+def test_fused_logits_equal_reference(device, changes):
+    config, model = build(device, **changes)
+    check_logits(device, config, model, model)
+
+
+def test_control_another_norm_is_caught(device):
+    config, model = build(device)
+    other = Llama(config, random_weights(config, device, torch.float32), model.cos_sin)
+    other.weights.layers[1].post_norm.mul_(1.001)
+    with pytest.raises(AssertionError, match=r"RMS error|greatest error"):
+        check_logits(device, config, model, other)
+
+
+def test_scratch_ends_clean(device):
+    config, model = build(device)
+    run(device, config, model, 16)
+    assert not model.scratch.counters.any() and ops.MOST_TOKENS == 64
