@@ -5,7 +5,7 @@ The work list is a namespace of lists, in the order of the kernel's sections:
   short   (request, first token, query length, KV length, first segment, segments, ordinal, poisoned)
   runs    (index in short, ordinal) of each run's begin and, past the last ordinal, (None, number of ordinals): tiling.runs + 1 of them
   tall    (request, first token, query length, KV length, row, first span, end span, poisoned, pieces, first item)
-and run_length and is_split.
+and run_length, is_split, num_runs, and streams, the number of programs that begin with runs.
 """
 
 from types import SimpleNamespace
@@ -52,7 +52,7 @@ def schedule(query_start_loc, seq_lens, block_table, page_size, num_pages, T, ti
 
 def cut(works, tiling):
     """Short requests, runs and tall items for `works`, the sound requests: (request, first token, query length, KV length, poisoned)."""
-    short, total, tiled, slots = [], 0, [], 0
+    short, total, tiled, slots, tall_segments = [], 0, [], 0, 0
     for *request, poisoned in works:
         _, _, query_len, kv_len = request
         first_key = max(kv_len - query_len - tiling.left, 0) if tiling.left >= 0 else 0
@@ -61,6 +61,7 @@ def cut(works, tiling):
             rows, spans = range(0, query_len, tiling.tall_rows), range(first_segment // tiling.span, cdiv(end_segment, tiling.span))
             tiled.append((request, poisoned, rows, spans))
             slots += len(rows) * len(spans) * tiling.kv_heads
+            tall_segments += len(rows) * (cdiv(max(kv_len - query_len // 2, 1), tiling.segment) - first_segment) * tiling.kv_heads
         else:
             short.append((*request, first_segment, end_segment - first_segment, total, poisoned))
             total += cdiv(query_len, tiling.short_rows) * (end_segment - first_segment) * tiling.kv_heads
@@ -70,11 +71,12 @@ def cut(works, tiling):
         for row in reversed(rows):
             first_item = len(tall)
             tall += [(*request, row, *piece, poisoned, len(pieces), first_item) for piece in pieces]
-    num_runs = tiling.runs if tall or not tiling.has_tall else cdiv(tiling.runs, 2)
-    exact = max(cdiv(total, num_runs), 1)
+    streams = total * tiling.programs // max(total + tall_segments, 1) if tiling.has_tall else 0
+    shares = tiling.runs // max(streams, 1) * max(streams, 1) if tall else tiling.programs
+    exact = max(cdiv(total, shares), 1)
     run_length = max(rounded for unit in (1, 2, 4, 8, 16) if (rounded := cdiv(exact, unit) * unit) * 15 <= exact * 16)
     runs = [begin_of(run * run_length, short, total, run_length > tiling.span * (RUN_SPANS - 2)) for run in range(tiling.runs + 1)]
-    return dict(short=short, runs=runs, tall=tall, run_length=run_length, is_split=is_split)
+    return dict(short=short, runs=runs, tall=tall, run_length=run_length, is_split=is_split, num_runs=cdiv(total, run_length), streams=streams)
 
 
 def begin_of(x, short, total, is_whole):

@@ -54,7 +54,7 @@ def run(schedule_out, query_start_loc, seq_lens, block_table, page_size, num_pag
 def decode(out, cut):
     """The work list as the twin has it. Each run's copy of its request must be one, and what lies past the counts must still be junk."""
     work, (fills_at, short_at, runs_at, tall_at, rows) = out.work.tolist(), cut.sections(len(out.positions), len(out.status))
-    num_tall, num_short, num_fills, run_length, is_split = work[0][:5]
+    num_tall, num_short, num_fills, run_length, is_split, num_runs, streams = work[0][:7]
 
     def take(begin, count, end, fields):
         assert 0 <= count <= end - begin and {JUNK}.issuperset(field for record in work[begin + count:end] for field in record)
@@ -65,7 +65,7 @@ def decode(out, cut):
     runs = [(index if begin < total else None, begin) for *_, index, begin in records]
     assert all(short[index:index + 1] == [record[:8]] for (index, _), record in zip(runs, records, strict=True) if index is not None)
     return SimpleNamespace(fills=take(fills_at, num_fills, short_at, 3), short=short, runs=runs, tall=take(tall_at, num_tall, rows, 10),
-                           run_length=run_length, is_split=bool(is_split))
+                           run_length=run_length, is_split=bool(is_split), num_runs=num_runs, streams=streams)
 
 
 def compare(got, *arguments):
@@ -148,6 +148,14 @@ def repeats_a_run(out, header, fills, short, runs, tall):
     runs[1] = runs[0]
 
 
+def leaves_a_run(out, header, fills, short, runs, tall):
+    header[5] -= 1
+
+
+def leaves_tall_items(out, header, fills, short, runs, tall):
+    header[6] = BROKEN_CUT.programs
+
+
 WORK_CHANGES = {
     "an item lost": loses_an_item, "an item doubled": doubles_an_item, "items exchanged": exchanges_items, "rows moved": adds("tall", 0, 4),
     "a span too many": adds("tall", 1, 5, -1), "a span lost": adds("tall", 0, 6, -1), "another tile's slots": adds("tall", 1, 9),
@@ -155,11 +163,21 @@ WORK_CHANGES = {
     "a row not filled": adds("fills", 0, 1, -1), "a short request doubled": doubles_a_short_request, "an ordinal moved": adds("short", 1, 6),
     "a segment lost": adds("short", 0, 5, -1),
     "a run moved": adds("runs", 1, 9), "the first run moved": adds("runs", 0, 9), "a run of another request": adds("runs", 1, 8),
-    "a run with another copy": adds("runs", 1, 2), "the last ordinal lost": ends_early, "a run repeated": repeats_a_run,
+    "a run with another copy": adds("runs", 1, 2), "the last ordinal lost": ends_early, "a run repeated": repeats_a_run, "a run left": leaves_a_run,
+    "no program for tall items": leaves_tall_items,
 }
 work_changes = pytest.mark.parametrize("change", WORK_CHANGES.values(), ids=WORK_CHANGES.keys())
 BROKEN = Batch([1, 9, 3, 7], [60, 30, 45, 0], 4, pads=2, spare_requests=1)            # short, tall, short, tall
 BROKEN_CUT = tiling(tall_slots=16)                                                    # as many as the spans of both tall ones
+
+
+@pytest.mark.parametrize("programs", [1, 7, 20])
+@pytest.mark.parametrize("query_lens, contexts", [([1, 9, 3, 7], [600, 30, 45, 0]), ([1, 1, 16], [300, 150, 600]), ([1, 3], [600, 2]),
+                                                  ([9, 40], [1, 0])])
+def test_mixed_batches_share_the_programs(device, programs, query_lens, contexts):
+    """Few runs or many of them for each program, tall items beside them, runs alone and tall items alone."""
+    cut = tiling(programs=programs)
+    check_equals_reference(room.schedule_out, *arguments_of(Batch(query_lens, contexts, 4), cut, device))
 
 
 @pytest.mark.parametrize("change", [
@@ -173,10 +191,13 @@ BROKEN_CUT = tiling(tall_slots=16)                                              
     lambda out, *_: out.status[4:].fill_(JUNK),
     lambda out, header, *_: header[3].add_(1),
     lambda out, header, *_: header[4].sub_(1),
+    lambda out, header, *_: header[5].add_(1),
+    lambda out, header, *_: header[6].add_(1),
     lambda out, header, fills, *_: fills[0, 2].add_(1),
     lambda out, header, fills, short, *_: short[2, 5].fill_(1),
 ], ids=["positions off by one", "slots off by one", "last tokens off by one", "positions of pads", "slots of pads", "requests of pads",
-        "last tokens of spare requests", "status of spare requests", "the length of runs", "whether spans are items", "NaN for pads",
+        "last tokens of spare requests", "status of spare requests", "the length of runs", "whether spans are items", "the number of runs",
+        "programs that begin with runs", "NaN for pads",
         "junk past the last short request overwritten"])
 def test_broken_schedules_are_caught(device, change):
     arguments = arguments_of(BROKEN, BROKEN_CUT, device)
@@ -263,6 +284,8 @@ def check_work_list(work, batch, cut):
     assert sorted(rows) == list(range(batch.T))
     check_runs(work, cut)
     check_tall(work, cut)
+    total = work.runs[-1][1]
+    assert all(begin == total for _, begin in work.runs[work.num_runs:]) and (not work.tall or work.streams < cut.programs)
 
 
 @given(cases())

@@ -62,12 +62,15 @@ def _attention_kernel(
     extents = (T, R, W, N, left, right)
     if C.HAS_TALL:
         num_items = tl.load(work_ptr) * C.K
-        ticket = tl.atomic_add(counters_ptr, 1, sem="relaxed")
+        ticket = num_items
+        if tl.program_id(0) >= tl.load(work_ptr + 6):                             # the programs before it begin with runs
+            ticket = tl.atomic_add(counters_ptr, 1, sem="relaxed")
         while ticket < num_items:
             take_tall(ticket // C.K, ticket % C.K, tall_at, inputs, strides, extents, C)
             ticket = tl.atomic_add(counters_ptr, 1, sem="relaxed")
+        num_runs = tl.minimum(tl.load(work_ptr + 5), C.RUNS)
         ticket = tl.atomic_add(counters_ptr + 1, 1, sem="relaxed")
-        while ticket < C.RUNS:
+        while ticket < num_runs:
             take_run(ticket, short_at, runs_at, inputs, strides, extents, C)
             ticket = tl.atomic_add(counters_ptr + 1, 1, sem="relaxed")
         if count_in(counters_ptr + 2, 1, tl.num_programs(0)):

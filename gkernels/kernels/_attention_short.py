@@ -13,6 +13,7 @@ from ._attention_tile import (
     fold,
     get_state,
     lanes_of,
+    load_pages,
     load_queries,
     load_tile,
     pages_of,
@@ -42,12 +43,18 @@ def _segment_slot(x, span_begin, run_length, C: tl.constexpr):
 
 
 @triton.jit
+def _tile_after(tile, group_tiles):
+    """The next of a group's tiles of keys; after the last one the first, of the next group."""
+    return tl.where(tile + 1 == group_tiles, 0, tile + 1)
+
+
+@triton.jit
 def _next(tile, row, kv_head, group_tiles, num_rows):
     """The tile of keys after this one, through tiles, then tiles of rows, then KV heads."""
     wraps = tile + 1 == group_tiles
     row += wraps.to(tl.int32)
     turns = row == num_rows
-    return tl.where(wraps, 0, tile + 1), tl.where(turns, 0, row), kv_head + turns.to(tl.int32)
+    return _tile_after(tile, group_tiles), tl.where(turns, 0, row), kv_head + turns.to(tl.int32)
 
 
 @triton.jit
@@ -70,7 +77,8 @@ def _stream(begin, end, run_begin, run_end, run, run_length, request, first_toke
     to_tile, to_row, to_head = first_tile % group_tiles, first_tile // group_tiles % num_rows, first_tile // group_tiles // num_rows
     tile, row, kv_head = to_tile, to_row, to_head
     q = load_queries(row * ROWS, query_len, first_token, kv_head, q_ptr, strides, M, C)
-    pages = pages_of(table, first_key + to_tile * C.BLOCK_N, kv_len, N, C)
+    pages = pages_of(load_pages(table, first_key + to_tile * C.BLOCK_N, kv_len, C), N)
+    entries = load_pages(table, first_key + _tile_after(to_tile, group_tiles) * C.BLOCK_N, kv_len, C)
     m, l, acc = empty_tile(M, C)
     span_m, span_l, span_acc = empty_state(M, C)
     row_m, row_l, row_acc = empty_state(M, C)
@@ -79,7 +87,7 @@ def _stream(begin, end, run_begin, run_end, run, run_length, request, first_toke
         n = first_key + to_tile * C.BLOCK_N
         k, v = load_tile(k_lanes, v_lanes, pages, to_head, n, kv_len, strides, C)
         to_tile, to_row, to_head = _next(to_tile, to_row, to_head, group_tiles, num_rows)
-        pages = pages_of(table, first_key + to_tile * C.BLOCK_N, kv_len, N, C)
+        pages, entries = pages_of(entries, N), load_pages(table, first_key + _tile_after(to_tile, group_tiles) * C.BLOCK_N, kv_len, C)
 
         n = first_key + tile * C.BLOCK_N
         key, position, first, stop, tree, slope = sight_of(
@@ -116,7 +124,7 @@ def _stream(begin, end, run_begin, run_end, run, run_length, request, first_toke
                 _, row, kv_head = _next(tile, row, kv_head, group_tiles, num_rows)
                 more = tl.where(kv_head < C.K, query_len, 0)                      # rows of the next group, if there is one
                 q = load_queries(row * ROWS, more, first_token, kv_head, q_ptr, strides, M, C)
-        tile = tl.where(tile == group_tiles - 1, 0, tile + 1)
+        tile = _tile_after(tile, group_tiles)
 
 
 @triton.jit

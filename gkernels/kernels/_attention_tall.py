@@ -13,6 +13,7 @@ from ._attention_tile import (
     fold,
     get_state,
     lanes_of,
+    load_pages,
     load_queries,
     load_tile,
     pages_of,
@@ -47,20 +48,24 @@ def _attend(record, span, kv_head, inputs, strides, extents, C: tl.constexpr):
     k_scale = tl.load(k_scale_ptr + kv_head * strides[13]) if C.HAS_SCALE else 1.0
     q = load_queries(row0, query_len, first_token, kv_head, q_ptr, strides, M, C)
     k_lanes, v_lanes = lanes_of(k_cache_ptr, strides[3], C.BLOCK_D, C), lanes_of(v_cache_ptr, strides[6], C.BLOCK_DV, C)
-    pages = pages_of(table, begin, kv_len, N, C)
+    pages, entries = pages_of(load_pages(table, begin, kv_len, C), N), load_pages(table, begin + C.BLOCK_N, kv_len, C)
     span_m, span_l, span_acc = empty_state(M, C)
     m, l, acc = empty_tile(M, C)
     for n in range(begin, end, C.BLOCK_N):
         k, v = load_tile(k_lanes, v_lanes, pages, kv_head, n, kv_len, strides, C)
-        pages = pages_of(table, n + C.BLOCK_N, kv_len, N, C)
+        pages, entries = pages_of(entries, N), load_pages(table, n + 2 * C.BLOCK_N, kv_len, C)
         key, position, first, stop, tree, slope = sight_of(row0, n, query_len, kv_len, request, first_token, kv_head, inputs, strides, extents, M, C)
         seen = visibility(key, first, stop, tree, context, C)
         logits = products(q, k, C)
-        if (n % C.SEGMENT == 0) & (n > begin):                                    # here, where the tile before's products have been waited for
-            span_m, span_l, span_acc = fold(span_m, span_l, span_acc, m, row_sums(l, M, C.BLOCK_N // 4), acc)
-            m = tl.full((M,), float("-inf"), tl.float32)                          # which makes alpha 0, and so empties l and acc
-        m, l, acc = step(logits, v, seen, (n + C.BLOCK_N > all_end) | (n < all_begin), key, position, slope, scale * k_scale, cap, m, l, acc, q.dtype,
-                         M, C)
+        # This branch takes the products, so that it follows the wait for them. One that did not would be moved before them, where it reads acc:
+        # then each p v would be waited for at once, and run beside nothing (381 TFLOP/s at 8192 keys instead of 406).
+        is_first = (n % C.SEGMENT == 0) & (n > begin)
+        if is_first | (n + C.BLOCK_N > all_end) | (n < all_begin):
+            logits = tl.where(seen, logits, float("-inf"))
+            if is_first:
+                span_m, span_l, span_acc = fold(span_m, span_l, span_acc, m, row_sums(l, M, C.BLOCK_N // 4), acc)
+                m = tl.full((M,), float("-inf"), tl.float32)                      # which makes alpha 0, and so empties l and acc
+        m, l, acc = step(logits, v, seen, False, key, position, slope, scale * k_scale, cap, m, l, acc, q.dtype, M, C)
     return fold(span_m, span_l, span_acc, m, row_sums(l, M, C.BLOCK_N // 4), acc)
 
 

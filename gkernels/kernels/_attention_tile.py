@@ -87,14 +87,20 @@ def load_queries(row0, query_len, first_token, kv_head, q_ptr, strides, M: tl.co
 
 
 @triton.jit
-def pages_of(table_ptr, n, limit, N, C: tl.constexpr):
-    """Physical pages of the keys from n on: [BLOCK_N / P] where pages tile the block, else [BLOCK_N]. Keys past the limit get page 0, and pages
-    that are none get the last, by a minimum: a select would keep the compiler from a 32 by 32 bit product in the address."""
+def load_pages(table_ptr, n, limit, C: tl.constexpr):
+    """What the table says of the keys from n on: [BLOCK_N / P] where pages tile the block, else [BLOCK_N]; 0 for keys past the limit. Loops read it
+    two tiles ahead: what is read one ahead, the pipeline loads right before its use, and each tile waits for memory."""
     PAGES: tl.constexpr = C.BLOCK_N // C.P if C.BLOCK_N % C.P == 0 else C.BLOCK_N
     STEP: tl.constexpr = C.BLOCK_N // PAGES
     key = n + tl.arange(0, PAGES) * STEP
-    page = tl.load(table_ptr + key // C.P, key < limit, other=0)
-    return tl.minimum(page.to(tl.uint32), (N - 1).to(tl.uint32)).to(tl.int32)
+    return tl.load(table_ptr + key // C.P, key < limit, other=0)
+
+
+@triton.jit
+def pages_of(entries, N):
+    """Pages that exist: entries that are none become the last, by a minimum, since a select would keep the compiler from a 32 by 32 bit product in
+    the address."""
+    return tl.minimum(entries.to(tl.uint32), (N - 1).to(tl.uint32)).to(tl.int32)
 
 
 @triton.jit
@@ -157,15 +163,23 @@ def _tanh(x):
 
 
 @triton.jit
-def products(q, k, C: tl.constexpr):
-    """q k^T [M, N]; q [M, D], k [N, D]."""
-    return tl.dot(q, k.to(q.dtype).T, input_precision=C.PRECISION)
+def _operand(x, dtype: tl.constexpr, C: tl.constexpr):
+    """x as an operand of q's dtype, exactly. Not from fp8 at once: that is one element an instruction, at a sixteenth of the rate."""
+    if C.HAS_SCALE:
+        x = x.to(tl.float16).to(tl.float32)
+    return x.to(dtype)
 
 
 @triton.jit
-def step(s, v, seen, masked, key, position, slope, scale, cap, m, l, acc, dtype: tl.constexpr, M: tl.constexpr, C: tl.constexpr):
+def products(q, k, C: tl.constexpr):
+    """q k^T [M, N]; q [M, D], k [N, D]."""
+    return tl.dot(q, _operand(k, q.dtype, C).T, input_precision=C.PRECISION)
+
+
+@triton.jit
+def step(s, v, seen, masked: tl.constexpr, key, position, slope, scale, cap, m, l, acc, dtype: tl.constexpr, M: tl.constexpr, C: tl.constexpr):
     """The state after one more tile of keys. s [M, N] from `products`, v [N, DV]; m [M], l [M, N / 4, 1], acc [M, DV]. `scale` makes logits base 2;
-    with a cap it makes them multiples of the cap, which is base 2 itself. Where not `masked`, every key is visible."""
+    with a cap it makes them multiples of the cap, which is base 2 itself. Where not `masked`, keys that are not seen are -inf already."""
     if C.HAS_CAP or C.HAS_ALIBI:
         s = s * scale
         if C.HAS_CAP:
@@ -184,7 +198,7 @@ def step(s, v, seen, masked, key, position, slope, scale, cap, m, l, acc, dtype:
         p = tl.exp2(tl.fma(s, tl.zeros_like(s) + scale, tl.broadcast_to(-safe[:, None], s.shape)))
     alpha = tl.exp2(m - safe)
     l = tl.fma(l, tl.broadcast_to(alpha[:, None, None], l.shape), quad_sums(p, M, C.BLOCK_N))
-    acc = tl.dot(p.to(dtype), v.to(dtype), acc * alpha[:, None], input_precision=C.PRECISION)
+    acc = tl.dot(p.to(dtype), _operand(v, dtype, C), acc * alpha[:, None], input_precision=C.PRECISION)
     return top, l, acc
 
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton
@@ -56,9 +57,8 @@ def config(D: int, DV: int, dtype: torch.dtype) -> Config:
     return Config(512, 16, 64, 16, 64 if hopper else 16, 2 if small else 3, 4, 2)
 
 
-@dataclass(frozen=True)
-class Launch:
-    """All that is static about a launch of the kernel, as one constant."""
+class Launch(NamedTuple):
+    """All that is static about a launch of the kernel, as one constant: a tuple, since Triton's hooks are told of constants as JSON."""
 
     K: int
     G: int
