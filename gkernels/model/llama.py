@@ -63,8 +63,8 @@ class Llama:
         H, K, D, eps = c.num_heads, c.num_kv_heads, c.head_dim, c.rms_norm_eps
         rotated = torch.empty(T, H, D, dtype=x.dtype, device=x.device)
         if self.is_fused(residual):
-            ops.norm_qkv(x, layer.input_norm, cast(torch.Tensor, layer.qkv), eps, plan.positions, self.cos_sin, plan.slot_mapping, k_cache, v_cache, rotated,
-                         layer.qkv_bias, layer.q_norm, layer.k_norm, n, self.scratch)
+            ops.norm_qkv(x, layer.input_norm, cast(torch.Tensor, layer.qkv), eps, plan.positions, self.cos_sin, plan.slot_mapping, k_cache, v_cache,
+                         rotated, layer.qkv_bias, layer.q_norm, layer.k_norm, n, self.scratch)
         else:
             q, k, v = product(x, layer.qkv, layer.qkv_bias, n).view(T, H + 2 * K, D).split([H, K, K], dim=1)
             ops.rotary_kv_write(q, k, v, plan.positions, self.cos_sin, plan.slot_mapping, k_cache, v_cache, rotated,
