@@ -19,6 +19,10 @@ def enable() -> None:
     check = sys.modules.get("gkernels.kernels._check")
     if check is not None and not check.INTERPRETED:
         raise RuntimeError("gkernels.interpret.enable: kernels were imported before and stay compiled; call it first")
+    language = sys.modules.get("triton.language")
+    if language is not None and type(language.sum).__name__ == "JITFunction":
+        raise RuntimeError("gkernels.interpret.enable: triton was imported before, and its own functions, tl.sum among them, stay compiled; call it "
+                           "first, or set TRITON_INTERPRET=1")
     os.environ["TRITON_INTERPRET"] = "1"
     repair()
 

@@ -1,5 +1,10 @@
 """The interpreter's repairs, and the watchers of gkernels.graph.interpreter: each must see what it is for, and nothing else."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -284,3 +289,13 @@ def test_integers_wrap_as_on_the_gpu():
     with np.errstate(over="ignore"):
         _double_kernel[(1,)](counter(2**30, "cpu"), out, BLOCK=1)
     assert out.item() == -2**31
+
+
+@pytest.mark.parametrize("first, works", [("", True), ("import triton.language", False), ("from gkernels import ops", False)])
+def test_what_comes_before_enable(first, works):
+    """Triton decides what is interpreted where a function is decorated: its own tl.sum at its import, ours at theirs."""
+    code = f"{first}\nfrom gkernels import interpret\ninterpret.enable()\nfrom gkernels import ops"
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)}
+    environment.pop("TRITON_INTERPRET", None)
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert (run.returncode == 0) == works and ("call it first" in run.stderr) != works, run.stderr
