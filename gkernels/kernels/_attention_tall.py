@@ -57,14 +57,21 @@ def _attend(record, span, kv_head, inputs, strides, extents, C: tl.constexpr):
         key, position, first, stop, tree, slope = sight_of(row0, n, query_len, kv_len, request, first_token, kv_head, inputs, strides, extents, M, C)
         seen = visibility(key, first, stop, tree, context, C)
         logits = products(q, k, C)
-        # This branch takes the products, so that it follows the wait for them. One that did not would be moved before them, where it reads acc:
-        # then each p v would be waited for at once, and run beside nothing (381 TFLOP/s at 8192 keys instead of 406).
-        is_first = (n % C.SEGMENT == 0) & (n > begin)
-        if is_first | (n + C.BLOCK_N > all_end) | (n < all_begin):
-            logits = tl.where(seen, logits, float("-inf"))
+        is_first, masked = (n % C.SEGMENT == 0) & (n > begin), (n + C.BLOCK_N > all_end) | (n < all_begin)
+        # To empty m makes alpha 0, and so empties l and acc. On Hopper one branch takes the products, so that it follows the wait for them. One that
+        # did not would be moved before them, where it reads acc: then p v would be waited for where it is issued (381 TFLOP/s instead of 406).
+        if M >= 64:
+            if is_first | masked:
+                logits = tl.where(seen, logits, float("-inf"))
+                if is_first:
+                    span_m, span_l, span_acc = fold(span_m, span_l, span_acc, m, row_sums(l, M, C.BLOCK_N // 4), acc)
+                    m = tl.full((M,), float("-inf"), tl.float32)
+        else:
             if is_first:
                 span_m, span_l, span_acc = fold(span_m, span_l, span_acc, m, row_sums(l, M, C.BLOCK_N // 4), acc)
-                m = tl.full((M,), float("-inf"), tl.float32)                      # which makes alpha 0, and so empties l and acc
+                m = tl.full((M,), float("-inf"), tl.float32)
+            if masked:
+                logits = tl.where(seen, logits, float("-inf"))
         m, l, acc = step(logits, v, seen, False, key, position, slope, scale * k_scale, cap, m, l, acc, q.dtype, M, C)
     return fold(span_m, span_l, span_acc, m, row_sums(l, M, C.BLOCK_N // 4), acc)
 

@@ -9,6 +9,7 @@ online (Dao 2023, arXiv 2307.08691); segments are folded into their span in orde
 is free, so a row's bits depend on its own request alone: not on the batch, the bucket, the chunking, the page layout or the number of programs.
 Short requests (decode, verify) are runs of (head, segment) pairs streamed through one loop; where a run ends inside a span, the last program
 to arrive there folds the parts. Tall ones (prefill) are tiles of BLOCK_M rows over all their keys, or over one span where those tiles are few.
+Where a step has both, some programs begin with runs while others take tall tiles: one streams memory while its neighbour computes.
 Pad rows are zeros with lse -inf; rows of a request with bad lengths or pages are NaN. Keys that are not live are never read; but a value of
 the request's own that is not finite spoils every row of its tile, also rows before it (0 times NaN).
 """
