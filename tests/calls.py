@@ -147,12 +147,13 @@ def linear(device, dtype):
         x, weight, bias = (torch.zeros(*shape, dtype=dtype, device=device) for shape in ((T, K), (N, K), (N,)))
         yield f"T{T} N{N} K{K}", linear.linear_out, (x, weight, torch.empty(T, N, dtype=dtype, device=device), bias, counter(1, device))
         yield f"T{T} N{N} K{K} logits", linear.linear_out, (x, weight, torch.empty(T, N, device=device), None, counter(1, device))
-    for T, N, K in ((1, 1024, 1024), (60, 1024, 1024), (3, 5, 100), (60, 8448, 128)):
+    for T, N, K in ((1, 1024, 512), (60, 1024, 512), (3, 5, 100)):
         x, weight, bias, norm = (torch.zeros(*shape, dtype=dtype, device=device) for shape in ((T, K), (N, K), (N,), (K,)))
         out, workspace = torch.empty(T, N, dtype=dtype, device=device), linear.Workspace.allocate(device)
         yield f"norm T{T} N{N} K{K}", split, (linear.norm_linear_out, workspace, x, norm, weight, 1e-5, out, bias, counter(1, device))
         yield f"residual T{T} N{N} K{K}", split, (linear.linear_residual, workspace, x, weight, out, None, counter(1, device))
-    yield "norm logits", linear.norm_linear_out, (x, norm, weight, 1e-5, torch.empty(T, N, device=device))
+    x, norm, weight = (torch.zeros(*shape, dtype=dtype, device=device) for shape in ((60, 128), (128,), (8448, 128)))
+    yield "norm logits", linear.norm_linear_out, (x, norm, weight, 1e-5, torch.empty(60, 8448, device=device))
 
 
 def split(function, workspace, *arguments):
@@ -164,7 +165,7 @@ def split(function, workspace, *arguments):
 @room
 def gate_up(device, dtype):
     from gkernels.kernels import gate_up
-    for T, F, K in ((1, 4224, 1024), (60, 4224, 1024), (3, 5, 100), (60, 64, 64)):
+    for T, F, K in ((1, 4224, 256), (60, 4224, 256), (3, 5, 100), (60, 64, 64)):
         x, norm, weight, bias = (torch.zeros(*shape, dtype=dtype, device=device) for shape in ((T, K), (K,), (2 * F, K), (2 * F,)))
         for case, b in (("", None), (" bias", bias)):
             out = torch.empty(T, F, dtype=dtype, device=device)
@@ -174,8 +175,8 @@ def gate_up(device, dtype):
 @room
 def qkv(device, dtype):
     from gkernels.kernels import linear, qkv
-    for T, H, KV, D, rotary_dim, K in ((1, 4, 2, 64, 64, 1024), (60, 4, 2, 64, 64, 1024), (1, 4, 1, 128, 128, 1024), (60, 4, 1, 128, 128, 1024),
-                                       (3, 2, 1, 80, 32, 100)):
+    for T, H, KV, D, rotary_dim, K in ((1, 2, 1, 64, 64, 512), (60, 2, 1, 64, 64, 512), (1, 2, 1, 128, 128, 512), (60, 2, 1, 128, 128, 512),
+                                       (3, 2, 1, 80, 32, 256)):
         x, norm, weight, bias, head_norm = (torch.zeros(*shape, dtype=dtype, device=device)
                                             for shape in ((T, K), (K,), ((H + 2 * KV) * D, K), ((H + 2 * KV) * D,), (D,)))
         places = torch.zeros(T, dtype=torch.int32, device=device), torch.zeros(33, rotary_dim, device=device), torch.arange(T, device=device)

@@ -88,14 +88,15 @@ def test_rotary_and_attention(device, D, dtype):
         assert_close(got, want, plain)
 
 
-def test_llama_1b_logits(device):
+@pytest.mark.parametrize("lengths, bucket", [((1, 40, 200), 256), ((1, 20, 40), 64)], ids=["single ops", "fused nodes"])
+def test_llama_1b_logits(device, lengths, bucket):
     """A mixed step of the whole model: relative error against float32 PyTorch no more than twice that of bfloat16 PyTorch."""
     config = LlamaConfig.from_dict(PRESETS["llama-3.2-1b"])
     weights = random_weights(config, device, torch.bfloat16, seed=2)
     model = Llama.build(config, weights, 512)
     cache = PagedCache.allocate(config.num_layers, 64, 16, config.num_kv_heads, config.head_dim, torch.bfloat16, device)
-    step = Step(model, cache, 256, 8, 512)
-    prompts = [torch.randint(0, 128000, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (1, 40, 200)]
+    step = Step(model, cache, bucket, 8, 512)
+    prompts = [torch.randint(0, 128000, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in lengths]
     n = step.stage([Row(p, len(p), list(range(1 + 16 * i, 17 + 16 * i))) for i, p in enumerate(prompts)])
     logits = step(n)
     wide = random_weights(config, device, torch.bfloat16, seed=2)

@@ -62,6 +62,15 @@ def attention_arguments(x, *caches):
     return x.q, *(caches or (x.k_cache, x.v_cache)), x.table, x.plan.work, *vars(x.workspace).values(), x.out(T, H, D)
 
 
+def products(x):
+    return vars(ops.ProductWorkspace.allocate(x.ids.device))
+
+
+def qkv_arguments(x):
+    weight = randn(11, (H + 2 * K) * D, HIDDEN, device=x.ids.device)
+    return x.x, x.norm, weight, 1e-5, x.plan.positions, x.cos_sin, x.plan.slot_mapping, x.k_cache, x.v_cache, x.out(T, H, D)
+
+
 def adjustments(x):
     ints = lambda *shape: x.out(*shape, dtype=torch.int32)
     return ops.Adjustments(ints(R, 2) + 3, x.out(R, 2) + 1.5, x.out(R) + 2.0, x.out(R) + 0.5, x.out(R) + 0.5, ints(9, V) + 1, ints(9, 2),
@@ -136,6 +145,15 @@ CASES = {   # case: the inputs -> the positional and the keyword arguments of th
     "linear half": lambda x: ((x.x.half(), x.head.half()), dict(dtype=torch.float32)),
     "linear empty": lambda x: ((x.x[:0], x.head), {}),
     "linear_out": lambda x: ((x.x, x.head, x.out(T, V)), dict(bias=x.bias, num_tokens=x.n)),
+    "norm_linear_out": lambda x: ((x.x, x.norm, x.head, 1e-5, x.out(T, V)), {}),
+    "norm_linear_out split": lambda x: ((x.x, x.norm, x.head, 1e-5, x.out(T, V), x.bias, x.n), products(x)),
+    "linear_residual": lambda x: ((x.x, x.head[:HIDDEN], x.residual), {}),
+    "linear_residual split": lambda x: ((x.x, x.head[:HIDDEN], x.residual, x.bias[:HIDDEN], x.n), products(x)),
+    "norm_gate_up": lambda x: ((x.x, x.norm, x.head), {}),
+    "norm_gate_up pads": lambda x: ((x.x, x.norm, x.head, 1e-5, x.bias, x.n), {}),
+    "norm_gate_up_out": lambda x: ((x.x, x.norm, x.head, 1e-5, x.out(T, V // 2)), dict(num_tokens=x.n)),
+    "norm_qkv": lambda x: (qkv_arguments(x), {}),
+    "norm_qkv split norms": lambda x: ((*qkv_arguments(x), None, x.head_norm, x.head_norm, x.n), products(x)),
     "embedding": lambda x: ((x.ids, x.embed, x.n), {}),
     "embedding last": lambda x: ((x.plan.last_token, x.x), dict(padding_index=-1)),
     "embedding_out": lambda x: ((x.ids, x.embed, x.out(T, HIDDEN)), {}),
@@ -215,12 +233,12 @@ def check_fake(op, args, kwargs):
 def test_fakes_equal_real_outputs(device, case):
     op, args, kwargs = arguments(case, device)
     reals = check_fake(op, args, kwargs)
-    writes_to_out = op._schema.name.endswith(("_out", "write", "adjust_", "advance"))
+    writes_to_out = op._schema.name.endswith(("_out", "write", "adjust_", "advance", "linear_residual", "norm_qkv"))
     assert (not reals) == writes_to_out == (not op._schema.returns)
 
 
 WITH_RECORDS = ("schedule_out", "attention_out", "sample_out", "adjust_out", "adjust_", "advance", "ngram_out", "expand_out", "verify_out",
-                "logprobs_out")        # their faces take dataclasses: see below
+                "logprobs_out", "norm_linear_out", "linear_residual", "norm_qkv")        # their faces take dataclasses: see below
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.split()[0] not in WITH_RECORDS])
@@ -252,6 +270,18 @@ def test_attention_face_equals_registered_op(device, case):
     ops.attention_out(*same, ops.Workspace(states, counters), out, *lse, **kwargs | dict(tiling=TILING))
     for got, want in zip((out, *lse), args[7:], strict=True):
         assert_same(got, want)
+
+
+@pytest.mark.parametrize("case", ["norm_linear_out", "norm_linear_out split", "linear_residual split", "norm_qkv split norms"])
+def test_product_faces_equal_registered_ops(device, case):
+    """Their faces take the workspace whole."""
+    op, args, kwargs = arguments(case, device)
+    _, same, workspace = arguments(case, device)
+    op(*args, **kwargs)
+    getattr(ops, case.split()[0])(*same, workspace=ops.ProductWorkspace(**workspace) if workspace else None)
+    for got, want in zip(same, args, strict=True):
+        if isinstance(got, torch.Tensor):
+            assert_same(got, want)
 
 
 def test_sampling_face_equals_registered_op(device):

@@ -113,7 +113,7 @@ def _block(T, K, dtype, splits, normed, BLOCK_N, TILES):
     # Only Hopper's products take x from shared memory: elsewhere it passes through registers, and 64 rows of it spill beside their squares
     hopper, shared = half and capability() // 10 == 9, SHARED_BYTES if capability() else SHARED_BYTES * 2 // 3      # AMD's programs have 64 KiB
     widest = (64 if half else 32) // (2 if normed and not hopper else 1)
-    BLOCK_M = min(max(triton.next_power_of_2(T), 16), max(widest * 128 // max(BLOCK_N, 128), 16))
+    BLOCK_M = max(min(triton.next_power_of_2(T), widest if BLOCK_N <= 64 else widest // 2), 16)
     # Masked tiles of 128 x 128 spill, and heads of 128 rows leave room for two stages of 128 columns only
     BLOCK_K = next((b for b in (128, 64) if K % b == 0 and half and b * BLOCK_N <= 8192), 32 if half or BLOCK_N < 128 else 16)
     SPLITS = 1
