@@ -2,16 +2,12 @@
 
 On a GPU a graph is captured and replayed; on a CPU the recorded launches, which are what a graph holds, run again on the same memory."""
 
-import json
-from dataclasses import make_dataclass, replace
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import triton
 import triton.language as tl
-from triton.runtime.jit import serialize_specialization_data
 
 import reference.attention as twin
 from gkernels.graph import interpreter
@@ -269,25 +265,6 @@ def test_control_a_count_that_orders_nothing_is_caught(device, monkeypatch):
     monkeypatch.setattr(_attention_short, "count_in", _count_in_relaxed)
     with pytest.raises(interpreter.Race, match="race on element"):
         test_shared_states_are_handed_over_in_order(device)
-
-
-def check_hooks(launches):
-    """What Triton does before it calls a hook of its cache: every constant is written as JSON."""
-    for launch in launches:
-        constants = {(i,): value for i, value in enumerate(launch.scalars.values())}
-        told = json.loads(serialize_specialization_data(launch.kernel, {}, constants, {}, SimpleNamespace(), "key"))
-        assert len(told["constant_vals"]) == len(launch.scalars)
-
-
-def test_hooks_are_told_of_launches(device):
-    step = Step(device, 2, 2, 48)
-    step.stage([1, 1], [30, 7])
-    with record() as launches:
-        step()
-    check_hooks(launches)
-    constant = make_dataclass("Constant", [("K", int)])(K)
-    with pytest.raises(TypeError, match="Constant is not JSON serializable"):           # control
-        check_hooks([replace(launches[-1], scalars=launches[-1].scalars | {"C": constant})])
 
 
 def check_error(step, out):

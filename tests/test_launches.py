@@ -1,7 +1,9 @@
 """Launches depend on shapes and options only, and no int32 or int64 that stands in memory leads a kernel outside its arguments."""
 
+import json
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import make_dataclass, replace
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import pytest
@@ -10,6 +12,7 @@ import triton
 import triton.language as tl
 from hypothesis import given, settings
 from torch.utils._python_dispatch import TorchDispatchMode
+from triton.runtime.jit import serialize_specialization_data
 
 from gkernels.graph import interpreter
 from gkernels.graph.launches import record
@@ -49,6 +52,22 @@ def same_record(function, arguments, contents, seed=0):
     return first
 
 
+def check_hooks(launches):
+    """What Triton does before it calls a hook of its cache: every constant is written as JSON."""
+    for launch in launches:
+        constants = {(i,): value for i, value in enumerate(launch.scalars.values())}
+        told = json.loads(serialize_specialization_data(launch.kernel, {}, constants, {}, SimpleNamespace(), "key"))
+        assert len(told["constant_vals"]) == len(launch.scalars)
+
+
+def test_a_constant_that_hooks_cannot_be_told_is_caught(device):
+    _, function, arguments = calls_of("rmsnorm", device, torch.float32)[0]
+    launches = same_record(function, arguments, contents=0)
+    constant = make_dataclass("Constant", [("K", int)])(1)
+    with pytest.raises(TypeError, match="Constant is not JSON serializable"):
+        check_hooks([replace(launches[0], scalars=launches[0].scalars | {"C": constant})])
+
+
 @pytest.mark.parametrize("room", ROOMS)
 def test_contents_change_no_launch(device, room):
     """50 contents for each function, on the smallest of its calls; two for each of the others."""
@@ -60,6 +79,7 @@ def test_contents_change_no_launch(device, room):
         for i, arguments in enumerate(sorted(calls, key=size)):
             launches = same_record(function, arguments, contents=2 if i else CONTENTS)
             assert all(type(entry) is int and entry > 0 for launch in launches for entry in launch.grid)
+            check_hooks(launches)
 
 
 @pytest.mark.parametrize("room, i", CALLS)

@@ -12,6 +12,7 @@ weights, which no node writes, and waits for that node's end before anything els
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton
@@ -29,9 +30,9 @@ MOST_SPLITS = 4           # of one K: 8 gain 4 % at one token where N = 2048 and
 AHEAD_BYTES = 1024        # of each weight row that a program asks for before it waits
 
 
-@dataclass(frozen=True)
-class Tile:
-    """All that is static about the products of a launch, as one constant. BLOCK_M and num_stages change no bit."""
+class Tile(NamedTuple):
+    """All that is static about the products of a launch, as one constant: a tuple, since Triton's hooks are told of constants as JSON. BLOCK_M and
+    num_stages change no bit."""
 
     N: int
     K: int
