@@ -190,14 +190,14 @@ LENGTHS = ("query_start_loc", "seq_lens")                               # what t
 ADVANCED = ("token_ids", "seq_lens", "generated", "ended", "running")
 
 
-def step_subject(kind=Step):
+def step_subject(kind=Step, fused=False):
     """One layer of random weights in a Step, with pads of every kind: tokens, table entries, options, slots and pages that nobody owns."""
     device = torch.device("cuda" if CUDA else "cpu")
     config = LlamaConfig.from_dict(tiny_config("Qwen3ForCausalLM", num_hidden_layers=1))
     cache = PagedCache.allocate(config.num_layers, PAGES, PAGE, config.num_kv_heads, config.head_dim, torch.float32, device)
     for seed, t in enumerate((cache.keys, cache.values)):
         t.copy_(torch.randn(t.shape, generator=torch.Generator().manual_seed(seed)))
-    step = kind(Llama.build(config, random_weights(config, device, torch.float32), MAX_LEN), cache, T, REQUESTS, MAX_LEN)
+    step = kind(Llama.build(config, random_weights(config, device, torch.float32), MAX_LEN, fused), cache, T, REQUESTS, MAX_LEN)
 
     def rows(case):
         """Half of a request's length was computed before; the last page that it owns is filled in part; the second request samples."""
@@ -238,8 +238,9 @@ def step_subject(kind=Step):
         weights=(step.model.weights, step.model.cos_sin), pads=pads, name=kind.__name__)
 
 
-def test_our_step_is_clean():
-    report = examine(step_subject())
+@pytest.mark.parametrize("fused", [False, True])
+def test_our_step_is_clean(fused):
+    report = examine(step_subject(fused=fused))
     assert report.clean, report
     assert [f.name for f in report.findings] == ["fresh-output"]        # the logits, which its caller reads before the next replay
     if not CUDA:

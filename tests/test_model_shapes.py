@@ -93,7 +93,7 @@ def test_llama_1b_logits(device, lengths, bucket):
     """A mixed step of the whole model: relative error against float32 PyTorch no more than twice that of bfloat16 PyTorch."""
     config = LlamaConfig.from_dict(PRESETS["llama-3.2-1b"])
     weights = random_weights(config, device, torch.bfloat16, seed=2)
-    model = Llama.build(config, weights, 512)
+    model = Llama.build(config, weights, 512, fused=True)
     cache = PagedCache.allocate(config.num_layers, 64, 16, config.num_kv_heads, config.head_dim, torch.bfloat16, device)
     step = Step(model, cache, bucket, 8, 512)
     prompts = [torch.randint(0, 128000, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in lengths]

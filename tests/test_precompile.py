@@ -81,10 +81,10 @@ def test_then_nothing_is_compiled(cached):
 
 
 def test_control_what_the_cache_lacks_is_compiled(cached):
-    gate_up = [index.parent for index in cached[0].glob("*/__grp___norm_gate_up_kernel.json")]
-    for entry in gate_up:
+    rmsnorm = [index.parent for index in cached[0].glob("*/__grp___rmsnorm_kernel.json")]
+    for entry in rmsnorm:
         shutil.rmtree(entry)
-    assert child("serve", cache=cached[0])["compiled"] == ["_norm_gate_up_kernel"] * len(gate_up) != []
+    assert child("serve", cache=cached[0])["compiled"] == ["_rmsnorm_kernel"] * len(rmsnorm) != []
 
 
 def test_a_cache_that_was_moved_is_empty(cached, tmp_path, monkeypatch):

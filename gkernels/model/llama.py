@@ -22,12 +22,13 @@ class Llama:
     config: LlamaConfig
     weights: Weights
     cos_sin: torch.Tensor        # [max_len, rotary_dim] float32
+    fused: bool = False          # steps of few tokens take five nodes a layer instead of nine, which are not the faster ones yet: bench/NOTES.md
 
     @classmethod
-    def build(cls, config: LlamaConfig, weights: Weights, max_len: int) -> Llama:
+    def build(cls, config: LlamaConfig, weights: Weights, max_len: int, fused: bool = False) -> Llama:
         """max_len: the longest sequence that will be served; rotary angles are tabulated that far."""
         table = ops.cos_sin_table(config.rotary_dim, max_len, config.rope_theta, config.rope_scaling, weights.embed.device)
-        return cls(config, weights, table)
+        return cls(config, weights, table, fused)
 
     def __post_init__(self):
         self.scratch = ops.ProductWorkspace.allocate(self.weights.embed.device)
@@ -54,7 +55,8 @@ class Llama:
     def is_fused(self, residual: torch.Tensor) -> bool:
         """Whether a step of this capacity takes the fused nodes, whose input is the residual stream itself; the others' is normed already. Quantised
         weights have none yet."""
-        return residual.shape[0] <= ops.MOST_TOKENS and self.config.head_dim <= ops.MOST_HEAD_DIM and self.config.quantization is None
+        fits = residual.shape[0] <= ops.MOST_TOKENS and self.config.head_dim <= ops.MOST_HEAD_DIM
+        return self.fused and fits and self.config.quantization is None
 
     def attend(self, x: torch.Tensor, residual: torch.Tensor, layer: LayerWeights, block_table: torch.Tensor, plan: ops.Schedule,
                workspace: ops.Workspace, k_cache: torch.Tensor, v_cache: torch.Tensor) -> torch.Tensor:
