@@ -1,4 +1,4 @@
-"""What sampling knows of a token: its logit, as a key that orders, its mass, and its score, the logit with noise."""
+"""What sampling, and in part log-probabilities, know of a token: its logit, as a key that orders, its mass, and its score, the logit with noise."""
 
 import triton
 import triton.language as tl

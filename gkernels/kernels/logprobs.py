@@ -18,24 +18,12 @@ import triton.language as tl
 
 from . import _check
 from ._arrive import arrive
+from ._sampling_tokens import clean, key_of, logit_of
 
 MAX_V = 262144
 MAX_N = 20
 _INF = tl.constexpr(float("inf"))
 _NONE = tl.constexpr(-2**63)                          # the key of no token
-
-
-@triton.jit
-def _clean(x):
-    """float32 without NaN, which counts as -inf, and without -0.0."""
-    x = x.to(tl.float32)
-    return tl.where(x == x, tl.where(x == 0.0, 0.0, x), -_INF)
-
-
-@triton.jit
-def _flip(bits):
-    """Between a float32's bits and an int32 that orders as it does, both ways."""
-    return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
 
 
 @triton.jit
@@ -82,13 +70,13 @@ def _logprobs_kernel(
         return
     ids, token = chunk * CHUNK + tl.arange(0, CHUNK), tl.load(token_ptr + row)    # [CHUNK]
     logits = logits_ptr + row.to(tl.int64) * stride_lr
-    x, is_token = _clean(tl.load(logits + ids, ids < V, other=-_INF)), (token >= 0) & (token < V)
-    chosen = _clean(tl.load(logits + tl.where(is_token, token, 0)))
+    x, is_token = clean(tl.load(logits + ids, ids < V, other=-_INF)), (token >= 0) & (token < V)
+    chosen = clean(tl.load(logits + tl.where(is_token, token, 0)))
     top, partial = tl.max(x, 0), row * CHUNKS + chunk
     tl.store(tops_ptr + partial, top)
     tl.store(sums_ptr + partial, tl.sum(tl.where(x > -_INF, tl.exp(_below(x, top)), 0.0), 0))
     tl.store(before_ptr + partial, tl.sum(((x > chosen) | ((x == chosen) & (ids < token))).to(tl.int32), 0))
-    keys = tl.where(x > -_INF, (_flip(x.to(tl.int32, bitcast=True)).to(tl.int64) << 32) + (0x7FFFFFFF - ids), _NONE)
+    keys = tl.where(x > -_INF, (key_of(x).to(tl.int64) << 32) + (0x7FFFFFFF - ids), _NONE)
     for n in range(0, N):
         best, keys = _pop(keys)
         tl.store(keys_ptr + partial.to(tl.int64) * N + n, best)
@@ -110,7 +98,7 @@ def _logprobs_kernel(
             heads = tl.load(keys_ptr + row.to(tl.int64) * (CHUNKS * N) + offs_m, offs_m < CHUNKS * N, other=_NONE, cache_modifier=".cg")
             for n in range(0, N):
                 best, heads = _pop(heads)
-                logit = _flip((best >> 32).to(tl.int32)).to(tl.float32, bitcast=True)
+                logit = logit_of((best >> 32).to(tl.int32))
                 tl.store(top_ids_ptr + row * N + n, tl.where(best == _NONE, -1, 0x7FFFFFFF - best.to(tl.int32)))
                 tl.store(top_logprobs_ptr + row * N + n, tl.where(best == _NONE, -_INF, _below(logit, top) - log_total))
 
