@@ -105,6 +105,7 @@ def parser() -> argparse.ArgumentParser:
     add("--max-tokens", type=at_least(1), default=STEP_TOKENS["cuda"], metavar="N", help="most tokens of a step (default: %(default)s)")
     add("--max-requests", type=at_least(1), default=MOST_REQUESTS, metavar="N", help="most requests of a step (default: %(default)s)")
     add("--multiprocessors", type=at_least(1), metavar="N", help="of the GPU (default: of the architecture's data-center GPU)")
+    add("--fused", action="store_true", help="for Llama.build(..., fused=True)")
     add("--workers", type=at_least(1), default=os.cpu_count() or 1, metavar="N", help="compilers at once (default: %(default)s)")
 
     command(doctor, "say what this machine has and what it lacks, with the commands that mend it")
@@ -137,7 +138,7 @@ def precompile(options: argparse.Namespace) -> int:
     from .precompile import precompile as fill
     config = LlamaConfig.from_dir(options.config) if options.config.is_dir() else LlamaConfig.from_dict(read_json(options.config))
     print(fill(config, options.arch, DTYPES.get(options.dtype), options.max_tokens, options.max_requests, options.multiprocessors,
-               workers=options.workers, progress=True))
+               workers=options.workers, progress=True, fused=options.fused))
     return 0
 
 

@@ -42,10 +42,11 @@ def check_same(planned, served):
     assert not missing and not needless, f"the engine launches others: {sorted(missing)}; nobody launches {sorted(needless)}"
 
 
-def test_the_engine_launches_what_was_precompiled(keys):
+@pytest.mark.parametrize("kind", ["", " fused"], ids=["single ops", "fused nodes"])
+def test_the_engine_launches_what_was_precompiled(keys, kind):
     """Hashes of source, signature, constants, alignment, options, target and compiler: an engine's over chunks and decodes of every bucket."""
-    check_same(keys["planned"], keys["served"])
-    assert len(set(keys["planned"].values())) >= 8
+    check_same(keys["planned" + kind], keys["served" + kind])
+    assert len(set(keys["planned"].values())) >= 8 and keys["planned"] != keys["planned fused"]
 
 
 @pytest.mark.parametrize("other, kernel", [("dtype", "_linear_kernel"), ("arch", "_embedding_kernel"), ("multiprocessors", "_attention_kernel"),
