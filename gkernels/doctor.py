@@ -152,6 +152,16 @@ def extra() -> Finding:
     return not lacking, f"lacks {', '.join(lacking)}" if lacking else ", ".join(EXTRA), f"pip install {' '.join(lacking)}"
 
 
+def loop() -> Finding:
+    """Whether many steps can be one launch on a GPU; without it there are bursts."""
+    try:
+        from .graph.conditional import unavailable
+        found, _, mend = unavailable().partition("; ")
+    except Exception as error:
+        return False, brief(error), ""
+    return not found, found or "WHILE nodes can hold a captured step", mend
+
+
 def checkpoint() -> Finding:
     lacking = [name for name in ("config.json", "tokenizer.json", "model.safetensors") if not (CHECKPOINT / name).is_file()]
     size = sum(file.stat().st_size for file in CHECKPOINT.glob("*"))
@@ -171,5 +181,6 @@ CHECKS: dict[str, Callable[[], Finding]] = {
     "interpreter": trial("interpret_kernel", "pip install triton==3.6.0 'numpy<2.4'"),
     "compiler for sm_90": trial("compile_kernel", "pip install triton==3.6.0"),
     "extra: model": extra,
+    "extra: loop": loop,
     "packaged checkpoint": checkpoint,
 }

@@ -262,8 +262,13 @@ def test_doctor_of_this_machine(capsys):
     assert doctor.main() == 0
     out = capsys.readouterr().out
     good = {line[9:31].strip() for line in out.splitlines() if line.startswith("ok ")}
-    assert good >= set(doctor.CHECKS) - {"einops", "CUDA device", "C compiler"}
+    assert good >= set(doctor.CHECKS) - {"einops", "CUDA device", "C compiler", "extra: loop"}
     assert "generate runs on: " in out
+
+
+def test_doctor_says_what_loops_lack(monkeypatch):
+    monkeypatch.setitem(sys.modules, "cuda.bindings", None)
+    assert doctor.loop() == (False, "WHILE nodes are made through cuda.bindings, which is not installed", "pip install 'gkernels[loop]'")
 
 
 @pytest.mark.parametrize("lacking, mends", [
