@@ -163,7 +163,8 @@ def test_batches_change_nothing_in_a_step(device):
     launches, operations = same_step_record(step, T, CONTENTS)
     assert {"_schedule_kernel", "_attention_kernel"} <= {launch.kernel for launch in launches} and len(launches) > 10
     assert not [name for name, _ in operations if "_local_scalar_dense" in name or "nonzero" in name], "the step reads a tensor on the host"
-    static = {t.data_ptr() for t in (step.results, step.cache.keys, step.cache.values, step.plan(T).positions, *step.buffers._views.values())}
+    buffers = [t for name, t in step.buffers._views.items() if name != "turns"]              # which only a Loop around the step reads
+    static = {t.data_ptr() for t in (step.results, step.cache.keys, step.cache.values, step.plan(T).positions, *buffers)}
     used = {address for launch in launches for address in launch.pointers.values()}
     assert static <= used, "a static tensor goes by another name than its address"
 
