@@ -133,7 +133,7 @@ def sample_out(logits: torch.Tensor, temperature: torch.Tensor, top_k: torch.Ten
     draw_kernel[(chunks * R,)](logits, *options, seed, position, w.scores, w.partials, w.counts, w.state, w.list_x, w.list_ids, stride,
                                **passes, **lists, **_check.registers(128))
     select_kernel[(R,)](logits, *options, seed, position, out, w.scores, w.partials, w.counts, w.state, w.list_x, w.list_ids, stride,
-                        RANKED=c.RANKED, **cut, **merged, **lists)
+                        RANKED=c.RANKED, **cut, **merged, **lists, **_check.registers(255))
     if probs is not None:
         for is_second in (False, True):
             probs_kernel[(chunks * R,)](logits, *options, seq_lens, out, w.partials, w.state, probs, stride, probs.stride(0),
