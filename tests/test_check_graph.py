@@ -231,10 +231,10 @@ def step_subject(kind=Step, fused=False):
     own = {name: value for name, value in vars(step).items() if name in ("_news", "counts", "prompt", "_counters", "_sampling")}
     return Subject(
         lambda inputs: step(T), make_inputs, (CASES[0], Case("one of length 1", "one", "least")), outputs={"results": step.results[:, :REQUESTS]},
-        state={"keys": cache.keys, "values": cache.values, "arrived": step.model.scratch.counters, **own,
-               **{name: step.buffers[name] for name in ADVANCED}},
+        state={"keys": cache.keys, "values": cache.values, **own, **{name: step.buffers[name] for name in ADVANCED},
+               **({"arrived": step.model.scratch.counters} if fused else {})},
         scratch={"states": step._states, "plan": {name: t for name, t in vars(step.plan(T)).items() if name != "status"},
-                                           "products": step.model.scratch.partials},
+                 **({"products": step.model.scratch.partials} if fused else {})},
         weights=(step.model.weights, step.model.cos_sin), pads=pads, name=kind.__name__)
 
 

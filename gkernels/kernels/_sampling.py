@@ -131,7 +131,7 @@ def first_kernel(
         if is_short:
             tl.store(groups_ptr + row * 2 * GROUPS + groups, key_of(group_tops), groups < GROUPS)
             if top_k == V:
-                z = scaled(tile, tl.maximum(group_tops, -3e38)[:, None], temperature)
+                z = scaled(tile, tl.where(group_tops > -_INF, group_tops, 0.0)[:, None], temperature)
                 masses = tl.sum((tl.exp(z) * 16777216.0 + 0.5).to(tl.int32), 1)
                 tl.store(groups_ptr + (row * 2 + 1) * GROUPS + groups, masses, groups < GROUPS)
         if draws_here:
@@ -214,8 +214,9 @@ def count_kernel(
     top, bins = tl.load(state + 1).to(tl.float32, bitcast=True), tl.arange(0, _BINS)
     counts, mass = tl.zeros((_BINS,), tl.int32), tl.zeros((BLOCK,), tl.int64)
     for at in tl.range(chunk * CHUNK, chunk * CHUNK + CHUNK, BLOCK):
-        z = scaled(_tile(logits_ptr, row, at, stride_lr, V, BLOCK)[1], top, temperature)
-        counts += tl.histogram(_bin_of(z), _BINS, z > -_INF)
+        x = _tile(logits_ptr, row, at, stride_lr, V, BLOCK)[1]
+        z = scaled(x, top, temperature)
+        counts += tl.histogram(_bin_of(z), _BINS, x > -_INF)                       # z of a far token may be -inf, and the token counts
         mass += mass_of(z)
     tl.atomic_add(counts_ptr + bins, counts, counts > 0, sem="relaxed")
     tl.store(partials_ptr + (row * CHUNKS + chunk) * 3, tl.sum(mass, 0))

@@ -14,6 +14,7 @@ _GROUP = tl.constexpr(GROUP)
 SHORT_K = 224                                         # greatest top_k that is served
 _MOST_GROUPS = tl.constexpr(256)                      # that one program reads: 1500 of them take it 40 us, and two passes by all programs 15
 _INF = tl.constexpr(float("inf"))
+_LOWEST = tl.constexpr(-0x7F800001)                   # the key of -inf
 
 
 @triton.jit
@@ -33,12 +34,12 @@ def list_kept(row_ptr, groups_ptr, list_x_ptr, list_ids_ptr, top, temperature, t
     """Lists all tokens that top_k, or else top_p, may keep, in the order of their ids. Returns how many they are, -1 where this way does not serve,
     and without top_k the mass of all others. Where the groups' keys were it leaves the ids of the groups that it read."""
     offs, has_k = tl.arange(0, BLOCK_G), top_k < V                                 # [BLOCK_G]
-    keys = tl.load(groups_ptr + offs, offs < GROUPS, other=-0x80000000, cache_modifier=".cg")
+    keys = tl.load(groups_ptr + offs, offs < GROUPS, other=_LOWEST, cache_modifier=".cg")       # pads without mass, as a NaN's is not
     weights, need, slack, total = (offs < GROUPS).to(tl.int32), top_k, tl.full((), 14, tl.int32), tl.full((), 0, tl.int64)
     if has_k == 0:
         z = scaled(logit_of(keys), top, temperature)
         masses = tl.load(groups_ptr + GROUPS + offs, offs < GROUPS, other=0, cache_modifier=".cg")
-        # Every group's sum by itself, and then whole numbers: the total depends on no chunk and no order
+        # Whole numbers, of a group in units of 2^-24 of its greatest: the total depends on no chunk and no order
         total = tl.sum((tl.exp(z) * masses.to(tl.float32) * 256.0 + 0.5).to(tl.int64), 0)
         weights = tl.where(offs < GROUPS, mass_of(z) >> 15, 0).to(tl.int32)        # of 8192 groups below 2^30; rounded down, the need up
         need = (tl.ceil(top_p.to(tl.float64) * total.to(tl.float64)) * 3.0517578125e-05).to(tl.int32) + 1

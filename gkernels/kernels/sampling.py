@@ -5,7 +5,8 @@ logits [R, V] with any row stride; temperature, top_p, min_p, typical_p float32 
 In the order (logit down, id up) of a stable sort, the kept set is the prefix of top_k tokens, of it the shortest prefix whose mass reaches top_p,
 of it the tokens of at least min_p times the greatest probability, of these the shortest prefix that reaches typical_p of their mass in the order
 of |log p + entropy| (Meister et al. 2022, arXiv 2202.00666). 0, 1, 0 and 1 switch them off. Nothing is sorted; masses are sums of integers, in
-units of 2^-32 of the greatest, so that no order of summation can move a prefix's end.
+units of 2^-32 of the greatest (where top_p alone keeps few tokens, the others' by groups of 32, in units of 2^-24 of a group's greatest), so that no
+order of summation can move a prefix's end.
 The noise of a token depends on (seed, position, token id) only: a request draws the same tokens in any row, batch and graph.
 Graph-safe: four launches of fixed grids, a row shared by the programs of its chunks; rows that need less leave at once. A row with seq_lens 0 is
 unused: token -1, status untouched. NaN logits count as -inf, +inf ones win. A row without a choice gets token -1 and status |= NO_TOKEN; options

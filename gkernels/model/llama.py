@@ -31,7 +31,7 @@ class Llama:
         return cls(config, weights, table, fused)
 
     def __post_init__(self):
-        self.scratch = ops.ProductWorkspace.allocate(self.weights.embed.device)
+        self.scratch = ops.ProductWorkspace.allocate(self.weights.embed.device) if self.fused else None
 
     def __call__(self, token_ids: torch.Tensor, block_table: torch.Tensor, plan: ops.Schedule, workspace: ops.Workspace,
                  cache: PagedCache, every_row: bool = False) -> torch.Tensor:
