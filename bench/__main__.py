@@ -1,6 +1,6 @@
-"""python -m bench [room ...] [--only REGEX] [--providers NAME,NAME]: runs the named benches, or all, saves their figures and prints them as one
-table. --only leaves out the cases that its regular expression is not found in, --providers those not named: python -m bench attention
---only 'decode .*x' --providers gkernels,fa3."""
+"""python -m bench [room ...] [--only REGEX] [--providers NAME,NAME] [--trace]: runs the named benches, or all, saves their figures and prints them
+as one table. --only leaves out the cases that its regular expression is not found in, --providers those not named: python -m bench attention
+--only 'decode .*x' --providers gkernels,fa3. --trace shows where the time of decode_step goes, node by node."""
 
 import argparse
 import re
@@ -12,7 +12,7 @@ import torch
 
 from bench import harness
 
-NOT_BENCHES = {"__init__", "__main__", "harness", "plot", "tune"}
+NOT_BENCHES = {"__init__", "__main__", "harness", "plot", "timeline"}
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -20,6 +20,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("room", nargs="*", help="which benches (default: all)")
     parser.add_argument("--only", default="", metavar="REGEX", help="only the cases that it is found in")
     parser.add_argument("--providers", default="", metavar="NAME,NAME", help="only these providers")
+    parser.add_argument("--trace", action="store_true", help="of decode_step: print what each kernel adds, and draw the nodes")
     return parser.parse_args(arguments)
 
 
@@ -36,6 +37,7 @@ def main(arguments: list[str]) -> int:
     if not torch.cuda.is_available():
         sys.exit("python -m bench: no GPU: torch sees no CUDA device, and a time measured without one would mean nothing")
     harness.ONLY, harness.PROVIDERS = options.only, tuple(filter(None, options.providers.split(",")))
+    harness.TRACE = options.trace
     failed, names = [], options.room or known
     for i, name in enumerate(names, 1):
         print(f"[{i}/{len(names)}] {name}", flush=True)

@@ -22,7 +22,8 @@ import torch
 import triton
 
 ROOT = Path(__file__).parent.parent
-CEILINGS = {"h200": {"tbs": 4.44, "tflops": 792.0}}   # measured: a read-only stream, and a bf16 8192^3 matrix product
+# measured: a read-only stream, and a bf16 8192^3 matrix product
+CEILINGS = {"h200": {"tbs": 4.44, "tflops": 792.0}, "h100-80gb-hbm3": {"tbs": 3.05, "tflops": 745.0}}
 COLD_BYTES = 120_000_000                              # twice the L2 of an H200
 MOST_CLOSURES = 64
 LEAST_LAUNCHES = 16                                   # in a graph, so that its own start is under a tenth of a microsecond a launch
@@ -32,6 +33,7 @@ HOST_CYCLES = 2_000_000                               # 1 ms of the device's, in
 ROWS: list[dict] = []
 ONLY = ""                                             # regular expression: cases that it is not found in are left out
 PROVIDERS: tuple[str, ...] = ()                       # and providers that are not named; none named: all
+TRACE = False                                         # whether decode_step tells where its time goes
 
 
 def bench(room: str, case: str, provider: str, make: Callable[[int], Callable[[], None]], bytes: int = 0, flops: int = 0,
@@ -65,6 +67,11 @@ def floor(room: str, case: str, bytes: int, flops: int = 0) -> float | None:
     us = max(bytes / ceilings["tbs"], flops / ceilings["tflops"]) / 1e6
     record(bench=room, case=case, provider="floor", us=round(us, 3), cold=True, **rates(us, bytes, flops))
     return us
+
+
+def floor_us(bytes: int) -> dict[str, float]:
+    """What a row may say of the time that the device's read ceiling allows; nothing where that was not measured."""
+    return {"floor_us": round(bytes / CEILINGS[device()]["tbs"] / 1e6, 1)} if device() in CEILINGS else {}
 
 
 def rates(us: float, bytes: int, flops: int) -> dict[str, float]:
@@ -162,12 +169,16 @@ def device() -> str:
     return "h200" if "h200" in name else "-".join(name.split())
 
 
+def results_file(name: str) -> Path:
+    """Where a file of results is written: bench/results/, under $OUT where that is set."""
+    return Path(os.environ.get("OUT") or ROOT, "bench", "results", name)
+
+
 def save(rows: list[dict] | None = None, name: str | None = None) -> Path:
     """Merges rows (those recorded) into bench/results/<device>.json, under $OUT where that is set: a row takes the place of the one with
     its bench, case and provider; all else in the file stays."""
     rows, name = ROWS if rows is None else rows, name or device()
-    kept = ROOT / "bench" / "results" / f"{name}.json"
-    path = Path(os.environ["OUT"], "bench", "results", kept.name) if os.environ.get("OUT") else kept
+    path, kept = results_file(f"{name}.json"), ROOT / "bench" / "results" / f"{name}.json"
     old: dict = next((json.loads(p.read_text()) for p in (path, kept) if p.exists()), {})
     key = lambda row: (row["bench"], row["case"], row["provider"])
     merged = {key(row): row for row in old.get("rows", []) + rows}

@@ -105,7 +105,6 @@ def parser() -> argparse.ArgumentParser:
     add("--max-tokens", type=at_least(1), default=STEP_TOKENS["cuda"], metavar="N", help="most tokens of a step (default: %(default)s)")
     add("--max-requests", type=at_least(1), default=MOST_REQUESTS, metavar="N", help="most requests of a step (default: %(default)s)")
     add("--multiprocessors", type=at_least(1), metavar="N", help="of the GPU (default: of the architecture's data-center GPU)")
-    add("--fused", action="store_true", help="for Llama.build(..., fused=True)")
     add("--workers", type=at_least(1), default=os.cpu_count() or 1, metavar="N", help="compilers at once (default: %(default)s)")
 
     command(doctor, "say what this machine has and what it lacks, with the commands that mend it")
@@ -114,6 +113,7 @@ def parser() -> argparse.ArgumentParser:
     add("room", nargs="*", help="which benches (default: all)")
     add("--only", default="", metavar="REGEX", help="only the cases that it is found in")
     add("--providers", default="", metavar="NAME,NAME", help="only these providers")
+    add("--trace", action="store_true", help="of decode_step: print what each kernel adds, and draw the nodes")
     return top
 
 
@@ -138,7 +138,7 @@ def precompile(options: argparse.Namespace) -> int:
     from .precompile import precompile as fill
     config = LlamaConfig.from_dir(options.config) if options.config.is_dir() else LlamaConfig.from_dict(read_json(options.config))
     print(fill(config, options.arch, DTYPES.get(options.dtype), options.max_tokens, options.max_requests, options.multiprocessors,
-               workers=options.workers, progress=True, fused=options.fused))
+               workers=options.workers, progress=True))
     return 0
 
 
@@ -151,7 +151,8 @@ def bench(options: argparse.Namespace) -> int:
     root = Path(__file__).parent.parent
     if not (root / "bench" / "__main__.py").is_file():
         raise UserError(f"bench: no benches beside {Path(__file__).parent}: they come with the source checkout, not with the package")
-    return subprocess.call([sys.executable, "-m", "bench", *options.room, f"--only={options.only}", f"--providers={options.providers}"], cwd=root)
+    filters = [f"--only={options.only}", f"--providers={options.providers}", *["--trace"] * options.trace]
+    return subprocess.call([sys.executable, "-m", "bench", *options.room, *filters], cwd=root)
 
 
 def generate(options: argparse.Namespace) -> int:

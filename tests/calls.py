@@ -4,6 +4,8 @@ One list serves the compiler test (every kernel for every target), the specialis
 A room's function takes a device and a dtype and yields (case, function, arguments).
 """
 
+from functools import partial
+
 import torch
 
 from tests.strategies import Batch, Features, counter
@@ -34,6 +36,8 @@ def rmsnorm(device, dtype):
         yield f"rmsnorm D{D}", rmsnorm.rmsnorm_out, (x, weight, 1e-5, torch.empty_like(x), counter(2, device))
         yield f"add_rmsnorm D{D}", rmsnorm.add_rmsnorm_out, (x, x.clone(), weight, 1e-5, torch.empty_like(x), counter(2, device))
     q = torch.zeros(3, 6, 128, dtype=dtype, device=device)
+    yield "scale", rmsnorm.scale, (torch.zeros(3, 2048, dtype=dtype, device=device), torch.ones(2048, dtype=dtype, device=device),
+                                   scaled(3, 2048, dtype, device), counter(2, device))
     yield "heads", rmsnorm.rmsnorm_out, (q[:, :4], torch.ones(128, dtype=dtype, device=device), 1e-5, torch.empty_like(q[:, :4]))
 
 
@@ -148,12 +152,25 @@ def linear(device, dtype):
         yield f"T{T} N{N} K{K}", linear.linear_out, (x, weight, torch.empty(T, N, dtype=dtype, device=device), bias, counter(1, device))
         yield f"T{T} N{N} K{K} logits", linear.linear_out, (x, weight, torch.empty(T, N, device=device), None, counter(1, device))
     for T, N, K in ((1, 1024, 512), (60, 1024, 512), (3, 5, 100)):
-        x, weight, bias, norm = (torch.zeros(*shape, dtype=dtype, device=device) for shape in ((T, K), (N, K), (N,), (K,)))
-        out, workspace = torch.empty(T, N, dtype=dtype, device=device), linear.Workspace.allocate(device)
-        yield f"norm T{T} N{N} K{K}", split, (linear.norm_linear_out, workspace, x, norm, weight, 1e-5, out, bias, counter(1, device))
+        x, weight, bias, norm = (torch.zeros(*shape, dtype=dtype, device=device) for shape in ((T, K), (N, K), (N,), (N,)))
+        out, workspace, left = torch.empty(T, N, dtype=dtype, device=device), linear.Workspace.allocate(device), scaled(T, N, dtype, device)
+        given = (scaled(T, K, dtype, device), weight, 1e-5, out, bias, counter(1, device))
+        yield f"norm T{T} N{N} K{K}", split, (linear.norm_linear_out, workspace, *given)
         yield f"residual T{T} N{N} K{K}", split, (linear.linear_residual, workspace, x, weight, out, None, counter(1, device))
-    x, norm, weight = (torch.zeros(*shape, dtype=dtype, device=device) for shape in ((60, 128), (128,), (8448, 128)))
-    yield "norm logits", linear.norm_linear_out, (x, norm, weight, 1e-5, torch.empty(60, 8448, device=device))
+        yield f"residual norm T{T} N{N} K{K}", split, (partial(linear.linear_residual, norm=norm, scaled=left), workspace, x, weight, out, None,
+                                                       counter(1, device))
+    weight, index = torch.zeros(8448, 128, dtype=dtype, device=device), torch.zeros(60, dtype=torch.int32, device=device)
+    logits = partial(linear.norm_linear_out, index=index)
+    yield "norm logits", logits, (scaled(64, 128, dtype, device), weight, 1e-5, torch.empty(60, 8448, device=device))
+
+
+def scaled(T, K, dtype, device):
+    """What a split product leaves to the next."""
+    from gkernels.kernels import linear
+    halves = linear.Scaled.empty(T, K, dtype, device, splits=True)
+    for t in halves:
+        t.zero_()
+    return halves
 
 
 def split(function, workspace, *arguments):
@@ -166,10 +183,10 @@ def split(function, workspace, *arguments):
 def gate_up(device, dtype):
     from gkernels.kernels import gate_up
     for T, F, K in ((1, 4224, 256), (60, 4224, 256), (3, 5, 100), (60, 64, 64)):
-        x, norm, weight, bias = (torch.zeros(*shape, dtype=dtype, device=device) for shape in ((T, K), (K,), (2 * F, K), (2 * F,)))
+        weight, bias = (torch.zeros(*shape, dtype=dtype, device=device) for shape in ((2 * F, K), (2 * F,)))
         for case, b in (("", None), (" bias", bias)):
             out = torch.empty(T, F, dtype=dtype, device=device)
-            yield f"T{T} F{F} K{K}{case}", gate_up.norm_gate_up_out, (x, norm, weight, 1e-5, out, b, counter(1, device))
+            yield f"T{T} F{F} K{K}{case}", gate_up.norm_gate_up_out, (scaled(T, K, dtype, device), weight, 1e-5, out, b, counter(1, device))
 
 
 @room
@@ -177,11 +194,10 @@ def qkv(device, dtype):
     from gkernels.kernels import linear, qkv
     for T, H, KV, D, rotary_dim, K in ((1, 2, 1, 64, 64, 512), (60, 2, 1, 64, 64, 512), (1, 2, 1, 128, 128, 512), (60, 2, 1, 128, 128, 512),
                                        (3, 2, 1, 80, 32, 256)):
-        x, norm, weight, bias, head_norm = (torch.zeros(*shape, dtype=dtype, device=device)
-                                            for shape in ((T, K), (K,), ((H + 2 * KV) * D, K), ((H + 2 * KV) * D,), (D,)))
+        weight, bias, head_norm = (torch.zeros(*shape, dtype=dtype, device=device) for shape in (((H + 2 * KV) * D, K), ((H + 2 * KV) * D,), (D,)))
         places = torch.zeros(T, dtype=torch.int32, device=device), torch.zeros(33, rotary_dim, device=device), torch.arange(T, device=device)
         caches, q_out = torch.zeros(2, 4, 16, KV, D, dtype=dtype, device=device), torch.empty(T, H, D, dtype=dtype, device=device)
-        workspace, given = linear.Workspace.allocate(device), (x, norm, weight, 1e-5, *places, *caches, q_out)
+        workspace, given = linear.Workspace.allocate(device), (scaled(T, K, dtype, device), weight, 1e-5, *places, *caches, q_out)
         for case, options in (("", (None, None, None)), (" norms", (bias, head_norm, head_norm))):
             yield f"T{T} H{H} D{D} K{K}{case}", split, (qkv.norm_qkv, workspace, *given, *options, counter(1, device))
 

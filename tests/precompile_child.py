@@ -32,9 +32,9 @@ MULTIPROCESSORS = torch.cuda.get_device_properties(0).multi_processor_count if C
 PROMPTS = {80: [[1] * n for n in (80, 57, 41, 33, 27, 20, 12, 7, 3, 2, 1)], 2: [[1], [1, 1]]}
 
 
-def engine(max_tokens, max_requests, device="cpu", fused=False):
+def engine(max_tokens, max_requests, device="cpu"):
     config = LlamaConfig.from_dict(CONFIG | {"max_position_embeddings": 128})
-    model = Llama.build(config, random_weights(config, device, torch.bfloat16), 128, fused)
+    model = Llama.build(config, random_weights(config, device, torch.bfloat16), 128)
     return Engine(model, max_tokens, max_requests, 100, capture=False)
 
 
@@ -63,10 +63,10 @@ def planned(dtype=torch.bfloat16, arch=ARCH, multiprocessors=MULTIPROCESSORS, ma
 
 def keys():
     with nullcontext() if CUDA else precompile.compiling_for(precompile.target_of(ARCH)):
-        served, fused = (hashes(precompile.launches_of(steps, engine(80, 3, "cuda" if CUDA else "cpu", fused))) for fused in (False, True))
+        served = hashes(precompile.launches_of(steps, engine(80, 3, "cuda" if CUDA else "cpu")))
     others = {"dtype": planned(torch.float16), "arch": planned(arch="80"), "multiprocessors": planned(multiprocessors=MULTIPROCESSORS + 1),
               "page size": planned(page_size=8), "buckets": planned(buckets=Buckets([64, 80]))}
-    return {"planned": planned(), "served": served, "planned fused": planned(fused=True), "served fused": fused, "others": others}
+    return {"planned": planned(), "served": served, "others": others}
 
 
 def serve():

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import torch
 from hypothesis import strategies as st
 
+from gkernels.kernels._product import Scaled
+
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 POISON = [float("nan"), float("inf"), float("-inf"), 6e4]
 
@@ -20,6 +22,14 @@ def binaries(values, most=2):
 
 def randn(seed, *shape, dtype=torch.float32, device="cpu"):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(device, dtype)
+
+
+def scaled(scale, x, norm, parts=3):
+    """(x * norm, sums of squares) by the kernel's or the twin's `scale`, in so many parts."""
+    squares = torch.full((x.shape[0], parts), float("nan"), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
+    halves = Scaled(torch.empty_like(x), squares)
+    scale(x, norm, halves)
+    return halves
 
 
 def strided(t, pad=16):

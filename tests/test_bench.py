@@ -14,7 +14,7 @@ import torch
 
 import reference.attention as twin
 from bench import __main__ as command
-from bench import attention, harness, plot
+from bench import attention, harness, plot, timeline
 from tests.close import assert_close
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -407,3 +407,36 @@ def test_stale_rows_of_ours_are_not_drawn(tmp_path, monkeypatch):
     path = saved_rows(tmp_path, ("gkernels", "fa3"))
     monkeypatch.setattr(harness, "source", lambda: "0" * 16)
     assert plot.attention(path) == []
+
+
+NODES = [timeline.Node("a", 0.0, 4.0), timeline.Node("b", 5.0, 9.0), timeline.Node("a", 7.0, 12.0), timeline.Node("c<", 8.0, 12.5)]
+
+
+def test_shares_add_up_to_the_step():
+    """Nodes that overlap count for what they end later; a gap counts for the node after it."""
+    assert timeline.shares(NODES) == [timeline.Share("a", 2, 7.0, 0.0), timeline.Share("b", 1, 5.0, 1.0), timeline.Share("c<", 1, 0.5, 0.0)]
+    kernel, *lines, step = (line.split() for line in timeline.table(NODES).splitlines())
+    assert lines[0] == ["a", "2", "7.0", "3.50", "0.0"] and step == ["the", "step", "4", "12.5", "1.0"] and len(lines) == 3
+
+
+def test_a_timeline_draws_every_node():
+    figure = timeline.svg("a & b", NODES)
+    root = ElementTree.fromstring(figure)
+    boxes = root.findall(f"{SVG}rect")
+    words = [text.text for text in root.findall(f"{SVG}text")]
+    assert len(boxes) == len(NODES) and {"a", "b", "c<", "a & b", "0 us", "12 us"} <= {*words}
+    ends = [float(box.get("x")) + float(box.get("width")) for box in boxes]
+    assert ends == sorted(ends) and max(ends) <= timeline.WIDTH and len({box.get("y") for box in boxes}) == 3
+
+
+@pytest.mark.gpu
+def test_a_trace_sees_the_kernels_of_a_replay(device):
+    """Twice: the profiler's own start must not hide what is asked for."""
+    x, graph = torch.ones(1 << 20, device=device), torch.cuda.CUDAGraph()
+    x.mul_(1)
+    with torch.cuda.graph(graph):
+        x.mul_(2)
+        x.add_(1)
+    for _ in range(2):
+        nodes = timeline.trace(graph.replay)
+        assert len(nodes) == 2 and nodes[0].start == 0.0 and all(node.end > node.start for node in nodes)

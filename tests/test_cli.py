@@ -156,9 +156,9 @@ def test_bench_belongs_to_the_checkout(capsys, monkeypatch, tmp_path):
     called = []
     monkeypatch.setattr(subprocess, "call", lambda command, cwd: called.append((command[1:], cwd)) or 3)
     assert cli.main(["bench", "rmsnorm"]) == 3
-    assert cli.main(["bench", "--only=-x.*", "--providers", "a,b"]) == 3
+    assert cli.main(["bench", "--only=-x.*", "--providers", "a,b", "--trace"]) == 3
     assert called == [(["-m", "bench", *arguments], Path(cli.__file__).parent.parent)
-                      for arguments in (["rmsnorm", "--only=", "--providers="], ["--only=-x.*", "--providers=a,b"])]
+                      for arguments in (["rmsnorm", "--only=", "--providers="], ["--only=-x.*", "--providers=a,b", "--trace"])]
     monkeypatch.setattr(cli, "__file__", str(tmp_path / "gkernels" / "cli.py"))
     assert run(capsys, "bench")[0] == 2
 

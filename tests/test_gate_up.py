@@ -5,10 +5,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import reference.activation as activation
 import reference.gate_up as twin
+import reference.rmsnorm as norms
 from gkernels.kernels import gate_up as room
+from gkernels.kernels import rmsnorm
+from reference.linear import linear
 from tests.close import assert_no_worse, assert_same
-from tests.strategies import counter, dtypes, poisons, randn, seeds, strided
+from tests.strategies import counter, dtypes, poisons, randn, scaled, seeds, strided
 
 shapes = st.sampled_from([(1, 16), (5, 24), (16, 100), (48, 128), (140, 40)])     # F, K
 
@@ -19,24 +23,29 @@ def inputs(seed, T, F, K, dtype, device):
     return x, norm, weight / K ** 0.5, bias
 
 
-def check_equals_reference(norm_gate_up, device, seed, dtype, T, shape, has_bias=True, is_strided=False, size=1.0):
+def norm_gate_up(x, norm, weight, eps, bias, num_tokens=None):
+    """The whole norm, in two nodes that share it."""
+    return room.norm_gate_up(scaled(rmsnorm.scale, x, norm), weight, eps, bias, num_tokens)
+
+
+def check_equals_reference(op, device, seed, dtype, T, shape, has_bias=True, is_strided=False, size=1.0):
     x, norm, weight, bias = inputs(seed, T, *shape, dtype, device)
     x, bias = x * size, bias if has_bias else None
-    got = norm_gate_up(strided(x) if is_strided else x, norm, weight, 1e-5, bias)
-    want = twin.norm_gate_up(x.double(), norm.double(), weight.double(), 1e-5, None if bias is None else bias.double())
-    assert_no_worse(got, want, twin.norm_gate_up(x, norm, weight, 1e-5, bias))
+    got, wide = op(strided(x) if is_strided else x, norm, weight, 1e-5, bias), None if bias is None else bias.double()
+    want = twin.norm_gate_up(scaled(norms.scale, x.double(), norm.double()), weight.double(), 1e-5, wide)
+    assert_no_worse(got, want, activation.silu_and_mul(linear(norms.rmsnorm(x, norm, 1e-5), weight, bias)), chain_terms=2 * shape[1])
 
 
 @given(seeds, dtypes, st.sampled_from([1, 2, 17, 33]), shapes, st.booleans(), st.booleans(), st.sampled_from([1.0, 2.0**-8]))
 def test_equals_reference(device, seed, dtype, T, shape, has_bias, is_strided, size):
-    check_equals_reference(room.norm_gate_up, device, seed, dtype, T, shape, has_bias, is_strided, size)
+    check_equals_reference(norm_gate_up, device, seed, dtype, T, shape, has_bias, is_strided, size)
 
 
 @pytest.mark.parametrize("broken", [
-    lambda x, norm, weight, eps, bias: room.norm_gate_up(x, norm, weight.roll(len(weight) // 2, 0), eps, bias.roll(len(bias) // 2)),
-    lambda x, norm, weight, eps, bias: room.norm_gate_up(x, norm, weight, 0.0, bias),
-    lambda x, norm, weight, eps, bias: room.norm_gate_up(x, norm, weight, eps, bias.roll(1)),
-    lambda x, norm, weight, eps, bias: room.norm_gate_up(x, norm, weight, eps, bias).roll(1, 1),
+    lambda x, norm, weight, eps, bias: norm_gate_up(x, norm, weight.roll(len(weight) // 2, 0), eps, bias.roll(len(bias) // 2)),
+    lambda x, norm, weight, eps, bias: norm_gate_up(x, norm, weight, 0.0, bias),
+    lambda x, norm, weight, eps, bias: norm_gate_up(x, norm, weight, eps, bias.roll(1)),
+    lambda x, norm, weight, eps, bias: norm_gate_up(x, norm, weight, eps, bias).roll(1, 1),
 ], ids=["up gated by itself", "eps forgotten", "another column's bias", "another column"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_control_broken_nodes_are_caught(device, broken, dtype):
@@ -44,52 +53,52 @@ def test_control_broken_nodes_are_caught(device, broken, dtype):
         check_equals_reference(broken, device, 0, dtype, 3, (48, 128), size=2.0**-8)
 
 
-def check_rows_keep_their_bits(norm_gate_up, device, seed, dtype, T, shape):
+def check_rows_keep_their_bits(op, device, seed, dtype, T, shape):
     """Each row alone equals the row in a batch of T among others, in another place."""
     x, norm, weight, bias = inputs(seed, T, *shape, dtype, device)
-    want = torch.cat([norm_gate_up(row[None].clone(), norm, weight, 1e-5, bias) for row in x[:4]])
+    want = torch.cat([op(row[None].clone(), norm, weight, 1e-5, bias) for row in x[:4]])
     order = torch.randperm(T, generator=torch.Generator().manual_seed(seed)).to(device)
-    assert_same(norm_gate_up(x[order], norm, weight, 1e-5, bias)[order.argsort()][:4], want)
+    assert_same(op(x[order], norm, weight, 1e-5, bias)[order.argsort()][:4], want)
 
 
 @given(seeds, dtypes, st.sampled_from([4, 20, 40, 64]), shapes)
 def test_rows_keep_their_bits(device, seed, dtype, T, shape):
-    check_rows_keep_their_bits(room.norm_gate_up, device, seed, dtype, T, shape)
+    check_rows_keep_their_bits(norm_gate_up, device, seed, dtype, T, shape)
 
 
 @pytest.mark.gpu
 @given(seeds, st.sampled_from([torch.float16, torch.bfloat16]), st.sampled_from([16, 17, 40, 64]), st.sampled_from([(8192, 2048), (14336, 4096)]))
 def test_rows_keep_their_bits_at_model_shapes(device, seed, dtype, T, shape):
-    check_rows_keep_their_bits(room.norm_gate_up, device, seed, dtype, T, shape)
+    check_rows_keep_their_bits(norm_gate_up, device, seed, dtype, T, shape)
 
 
 def test_control_a_row_that_sees_the_batch_is_caught(device):
     with pytest.raises(AssertionError, match="elements differ"):
-        check_rows_keep_their_bits(lambda x, *rest: room.norm_gate_up(x + 1e-6 * x.mean(), *rest), device, 0, torch.float32, 20, (48, 128))
+        check_rows_keep_their_bits(lambda x, *rest: norm_gate_up(x + 1e-6 * x.mean(), *rest), device, 0, torch.float32, 20, (48, 128))
 
 
-def check_pads(norm_gate_up, device, seed, dtype, live, pads, shape, poison):
+def check_pads(op, device, seed, dtype, live, pads, shape, poison):
     x, norm, weight, bias = inputs(seed, live + pads, *shape, dtype, device)
-    want = room.norm_gate_up(x[:live].clone(), norm, weight, 1e-5, bias)
+    want = norm_gate_up(x[:live].clone(), norm, weight, 1e-5, bias)
     x[live:] = poison
-    got = norm_gate_up(x, norm, weight, 1e-5, bias, counter(live, device))
+    got = op(x, norm, weight, 1e-5, bias, counter(live, device))
     assert_same(got, torch.cat([want, torch.zeros_like(got[live:])]))
 
 
 @given(seeds, dtypes, st.sampled_from([0, 1, 5, 17]), st.sampled_from([0, 1, 30]), shapes, poisons)
 def test_pads_are_zero_and_leak_nothing(device, seed, dtype, live, pads, shape, poison):
-    check_pads(room.norm_gate_up, device, seed, dtype, live, pads, shape, poison)
+    check_pads(norm_gate_up, device, seed, dtype, live, pads, shape, poison)
 
 
 def test_control_read_pads_are_caught(device):
     with pytest.raises(AssertionError):
-        check_pads(lambda *arguments: room.norm_gate_up(*arguments[:-1]), device, 0, torch.float16, 3, 2, (48, 128), float("nan"))
+        check_pads(lambda *arguments: norm_gate_up(*arguments[:-1]), device, 0, torch.float16, 3, 2, (48, 128), float("nan"))
 
 
 @given(seeds, dtypes, st.sampled_from([-1, 0, 2, 50]))
 def test_a_bad_counter_is_clamped(device, seed, dtype, count):
     arguments = inputs(seed, 5, 16, 100, dtype, device)
-    got, want = (room.norm_gate_up(*arguments[:3], 1e-5, arguments[3], counter(n, device)) for n in (count, min(max(count, 0), 5)))
+    got, want = (norm_gate_up(*arguments[:3], 1e-5, arguments[3], counter(n, device)) for n in (count, min(max(count, 0), 5)))
     assert_same(got, want)
 
 
@@ -100,21 +109,24 @@ def test_integers_are_exact_before_the_activation(device, seed, T, shape):
     F, x, norm, weight = shape[0], 2 * (x > 0) - 2.0 * (x <= 0), norm.round().clamp(-2, 2), weight.mul(shape[1] ** 0.5).round().clamp(-2, 2)
     bias = torch.cat([torch.full((F,), 128.0 + 4 * shape[1], device=device), torch.zeros(F, device=device)])
     g, u = (x.double() * norm.double() / 2 @ weight.double().T + bias.double()).chunk(2, 1)
-    assert_same(room.norm_gate_up(x, norm, weight, 0.0, bias), (g * u).float() + 0.0)
+    assert_same(norm_gate_up(x, norm, weight, 0.0, bias), (g * u).float() + 0.0)
 
 
 def test_no_rows(device):
-    assert room.norm_gate_up(torch.ones(0, 8, device=device), torch.ones(8, device=device), torch.ones(6, 8, device=device)).shape == (0, 3)
+    assert norm_gate_up(*(torch.ones(*shape, device=device) for shape in ((0, 8), (8,), (6, 8))), 1e-5, None).shape == (0, 3)
 
 
 @pytest.mark.parametrize("change, error, words", [
     (dict(weight=torch.ones(5, 8)), ValueError, r"norm_gate_up: weight: got shape \[5, 8\], expected an even number of rows"),
-    (dict(norm=torch.ones(9)), ValueError, r"norm_gate_up: norm: got shape \[9\], expected \[8\]"),
-    (dict(x=torch.ones(65, 8)), ValueError, "norm_gate_up: x: got 65 rows, expected at most 64; call rmsnorm, linear and silu_and_mul apart"),
+    (dict(squares=torch.ones(3, 4)), ValueError, r"norm_gate_up: scaled.squares: got shape \[3, 4\], expected \[2, any\]"),
+    (dict(squares=torch.ones(2, 0)), ValueError, "norm_gate_up: scaled.squares: got no parts, expected at least one"),
+    (dict(x=torch.ones(65, 8), squares=torch.ones(65, 1)), ValueError,
+     "norm_gate_up: scaled.x: got 65 rows, expected at most 64; call rmsnorm, linear and silu_and_mul apart"),
     (dict(x=torch.ones(2, 8).half()), TypeError, "norm_gate_up: weight: got torch.float32, expected torch.float16; convert"),
     (dict(bias=torch.ones(3)), ValueError, r"norm_gate_up: bias: got shape \[3\], expected \[6\]"),
 ])
 def test_misuse_is_named(device, change, error, words):
-    arguments = dict(x=torch.ones(2, 8), norm=torch.ones(8), weight=torch.ones(6, 8), bias=None) | change
+    arguments = dict(x=torch.ones(2, 8), squares=torch.ones(2, 3), weight=torch.ones(6, 8), bias=None) | change
+    x, squares, weight, bias = (None if t is None else t.to(device) for t in arguments.values())
     with pytest.raises(error, match=words):
-        room.norm_gate_up(**{k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in arguments.items()})
+        room.norm_gate_up(room.Scaled(x, squares), weight, bias=bias)

@@ -6,10 +6,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import reference.linear as twin
+import reference.rmsnorm as norms
 from gkernels.kernels import linear as room
+from gkernels.kernels import rmsnorm
 from gkernels.kernels._product import SHARED_BYTES
 from tests.close import assert_close, assert_no_worse, assert_same
-from tests.strategies import counter, dtypes, poisons, randn, seeds, strided
+from tests.strategies import counter, dtypes, poisons, randn, scaled, seeds, strided
 
 rows = st.sampled_from([1, 2, 5, 16, 17, 33, 100])
 shapes = st.sampled_from([(1, 1), (3, 5), (16, 16), (40, 24), (64, 100), (33, 256), (70, 300)])   # N, K
@@ -42,30 +44,61 @@ def test_equals_reference(device, monkeypatch, seed, dtype, T, shape, path, has_
     assert_close(got, want, twin.linear(x, weight, bias, dtype=out_dtype))
 
 
-def check_norm(norm_linear, device, seed, dtype, T, shape, has_bias=False, is_wide=False, is_split=True, size=1.0):
+def normed(x, norm, weight, eps=1e-6, bias=None, **options):
+    """An RMSNorm and a product, in two nodes that share it."""
+    return room.norm_linear(scaled(rmsnorm.scale, x, norm), weight, eps, bias, **options)
+
+
+def check_norm(normed, device, seed, dtype, T, shape, has_bias=False, is_wide=False, is_split=True, size=1.0):
     x, weight, bias = inputs(seed, T, *shape, dtype, device)
     norm, x, bias = randn(seed + 3, shape[1], dtype=dtype, device=device), x * size, bias if has_bias else None
-    got = norm_linear(x, norm, weight, 1e-5, bias, dtype=torch.float32 if is_wide else dtype, workspace=scratch(device, is_split))
-    want = twin.norm_linear(x.double(), norm.double(), weight.double(), 1e-5, None if bias is None else bias.double())
-    assert_no_worse(got, want, twin.norm_linear(x, norm, weight, 1e-5, bias, dtype=got.dtype), operands=dtype)
+    got = normed(x, norm, weight, 1e-5, bias, dtype=torch.float32 if is_wide else dtype, workspace=scratch(device, is_split))
+    wide = None if bias is None else bias.double()
+    want = twin.norm_linear(scaled(norms.scale, x.double(), norm.double()), weight.double(), 1e-5, wide)
+    plain = twin.linear(norms.rmsnorm(x, norm, 1e-5), weight, bias, dtype=got.dtype)
+    assert_no_worse(got, want, plain, operands=dtype, chain_terms=shape[1])
 
 
 @given(seeds, dtypes, st.sampled_from([1, 2, 17, 33]), shapes, st.booleans(), st.booleans(), splits, st.sampled_from([1.0, 2.0**-8]))
 def test_norm_equals_reference(device, seed, dtype, T, shape, has_bias, is_wide, is_split, size):
     """The smaller rows have a mean square near eps."""
-    check_norm(room.norm_linear, device, seed, dtype, T, shape, has_bias, is_wide, is_split, size)
+    check_norm(normed, device, seed, dtype, T, shape, has_bias, is_wide, is_split, size)
 
 
 @pytest.mark.parametrize("broken", [
-    lambda x, norm, weight, eps, bias, **options: room.norm_linear(x, norm, weight, 0.0, bias, **options),
-    lambda x, norm, weight, eps, bias, **options: room.norm_linear(x, 1 + norm, weight, eps, bias, **options),
-    lambda x, norm, weight, eps, bias, **options: room.norm_linear(x.roll(1, 1), norm, weight.roll(1, 1), eps, bias, **options),
-    lambda x, norm, weight, eps, bias, **options: room.norm_linear(x, norm, weight, eps, bias, **options) * (1 + 2.0**-6),
-], ids=["eps forgotten", "one added to the norm", "another column's norm", "a mean over fewer columns"])
+    lambda x, norm, weight, eps, bias, **options: normed(x, norm, weight, 0.0, bias, **options),
+    lambda x, norm, weight, eps, bias, **options: normed(x, 1 + norm, weight, eps, bias, **options),
+    lambda x, norm, weight, eps, bias, **options: normed(x.roll(1, 1), norm, weight.roll(1, 1), eps, bias, **options),
+    lambda x, norm, weight, eps, bias, **options: normed(x, norm, weight, eps, bias, **options) * (1 + 2.0**-6),
+    lambda x, norm, weight, eps, bias, **options: room.norm_linear(
+        room.Scaled(*(t.roll(1, i) for i, t in enumerate(scaled(rmsnorm.scale, x, norm)))), weight, eps, bias, **options),
+], ids=["eps forgotten", "one added to the norm", "another column's norm", "a mean over fewer columns", "another row"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_control_broken_norms_are_caught(device, broken, dtype):
     with pytest.raises(AssertionError, match=r"RMS error|greatest error"):
         check_norm(broken, device, 0, dtype, 3, (64, 128), size=2.0**-8)
+
+
+def check_gather(norm_linear, device, seed, dtype, index, shape):
+    """Rows by index are those of the whole product, bit for bit, in any company."""
+    x, weight, _ = inputs(seed, 5, *shape, dtype, device)
+    halves, rows = scaled(rmsnorm.scale, x, weight[0]), torch.tensor(index, dtype=torch.int32, device=device)
+    got, want = norm_linear(halves, weight, index=rows), twin.gather(room.norm_linear(halves, weight), rows)
+    assert_same(got.isnan(), want.isnan())
+    assert_same(got.nan_to_num(0), want.nan_to_num(0))
+
+
+@given(seeds, dtypes, st.lists(st.sampled_from([0, 1, 4, -1, 5, 2**31 - 1, -2**31]), min_size=1, max_size=20), shapes)
+def test_rows_are_gathered(device, seed, dtype, index, shape):
+    check_gather(room.norm_linear, device, seed, dtype, index, shape)
+
+
+@pytest.mark.parametrize("broken", [lambda rows: rows.flip(0), lambda rows: rows.clamp(max=4), lambda rows: rows.clamp(min=0)],
+                         ids=["another order", "none too great", "none negative"])
+def test_control_other_rows_are_caught(device, broken):
+    with pytest.raises(AssertionError):
+        check_gather(lambda halves, weight, index: room.norm_linear(halves, weight, index=broken(index)), device, 0, torch.float16, [3, 0, -1, 7],
+                     (16, 16))
 
 
 def check_residual(linear_residual, device, seed, dtype, T, shape, live, is_split, is_strided=False):
@@ -95,6 +128,45 @@ def test_control_broken_residuals_are_caught(device, broken):
         check_residual(broken, device, 0, torch.float16, 5, (64, 100), 3, True)
 
 
+def check_scaled(linear_residual, device, seed, dtype, T, shape, live, is_split):
+    """What is left for the next product follows from the residual as it was rounded: x by one rounding, the squares' sum by those of a sum."""
+    x, weight, bias = inputs(seed, T, *shape, dtype, device)
+    residual, norm = (randn(seed + i, *size, dtype=dtype, device=device) for i, size in ((3, (T, shape[0])), (4, shape[:1])))
+    got = room.Scaled.empty(T, shape[0], dtype, device, is_split)
+    for t in got:
+        t.fill_(float("nan"))
+    plain = residual.clone()
+    room.linear_residual(x, weight, plain, bias, counter(live, device), scratch(device, is_split))
+    linear_residual(x, weight, residual, bias, counter(live, device), scratch(device, is_split), norm, got)
+    assert_same(residual, plain)
+    assert_same(got.x[:live], (residual[:live].float() * norm.float()).to(dtype))
+    assert_same(got.x[live:], torch.zeros_like(got.x[live:]))
+    want, sums = residual[:live].double().square().sum(1), got.squares[:live].sum(1)
+    assert_close(sums, want, residual[:live].float().square().sum(1))
+    assert got.squares[live:].isnan().all(), "pads write squares"
+
+
+@given(seeds, dtypes, st.sampled_from([1, 5, 17, 40]), shapes, st.sampled_from([0, 1, 5, 40]), splits)
+def test_a_residual_leaves_half_a_norm(device, seed, dtype, T, shape, live, is_split):
+    check_scaled(room.linear_residual, device, seed, dtype, T, shape, min(live, T), is_split)
+
+
+def misleads(change):
+    def linear_residual(*arguments):
+        room.linear_residual(*arguments)
+        change(arguments[-1])
+    return linear_residual
+
+
+@pytest.mark.parametrize("broken", [
+    misleads(lambda scaled: scaled.x.copy_(scaled.x.roll(1, 1))), misleads(lambda scaled: scaled.squares.mul_(1 + 2.0**-10)),
+    misleads(lambda scaled: scaled.squares[3:].zero_()), lambda *arguments: room.linear_residual(*arguments[:6]),
+], ids=["another column", "other squares", "squares of pads", "nothing left"])
+def test_control_broken_halves_are_caught(device, broken):
+    with pytest.raises(AssertionError):
+        check_scaled(broken, device, 0, torch.float16, 5, (64, 100), 3, True)
+
+
 def integers(t):
     return t.mul(2).round().clamp(-4, 4)
 
@@ -114,7 +186,7 @@ def test_integers_are_exact_in_fused_products(device, seed, dtype, T, shape, is_
     norm = integers(randn(seed, shape[1], dtype=dtype, device=device))
     x, weight, bias = 2 * (x > 0) - 2 * (x <= 0).to(dtype), integers(weight), integers(bias)
     want = twin.linear((x * norm / 2).double(), weight.double(), bias.double())
-    assert_same(room.norm_linear(x, norm, weight, 0.0, bias, dtype=torch.float32, workspace=scratch(device, is_split)), want.float())
+    assert_same(normed(x, norm, weight, 0.0, bias, dtype=torch.float32, workspace=scratch(device, is_split)), want.float())
     residual = torch.ones_like(want, dtype=dtype)
     room.linear_residual(x * norm / 2, weight, residual, bias, None, scratch(device, is_split))
     assert_same(residual, (want + 1).to(dtype))
@@ -138,11 +210,19 @@ def fused(device, seed, shape, dtype):
         return out
 
     return [room.linear, lambda x, weight: room.linear(x, weight, workspace=scratch(device)), residual,
-            lambda x, weight: room.norm_linear(x, norm, weight, 1e-5, bias),
-            lambda x, weight: room.norm_linear(x, norm, weight, workspace=scratch(device))]
+            lambda x, weight: normed(x, norm, weight, 1e-5, bias),
+            lambda x, weight: normed(x, norm, weight, workspace=scratch(device)), lambda x, weight: handed_on(x, weight, bias, device)]
 
 
-@given(seeds, dtypes, st.sampled_from([4, 20, 40, 64]), st.sampled_from([(16, 256), (40, 300), (20, 640)]), st.integers(0, 4))
+def handed_on(x, weight, bias, device):
+    """(a residual, what it leaves: x, squares), side by side."""
+    out = x[:, :1].expand(x.shape[0], weight.shape[0]).contiguous()
+    halves = room.Scaled.empty(*out.shape, out.dtype, device, True)
+    room.linear_residual(x, weight, out, bias, None, scratch(device), bias, halves)
+    return torch.cat([out.float(), halves.x.float(), halves.squares], 1)
+
+
+@given(seeds, dtypes, st.sampled_from([4, 20, 40, 64]), st.sampled_from([(16, 256), (40, 300), (20, 640)]), st.integers(0, 5))
 def test_rows_keep_their_bits(device, seed, dtype, T, shape, op):
     order = torch.randperm(200, generator=torch.Generator().manual_seed(seed)).to(device)
     check_rows_keep_their_bits(fused(device, seed, shape, dtype)[op], seed, dtype, T, shape, order)
@@ -217,27 +297,42 @@ def test_config_fixes_the_k_order_and_fits_the_chip(monkeypatch, dtype, is_split
         configs = [room.config(T, N, K, dtype, is_split) for T in (1, 16, 17, 40, 64)]
         assert len({(c.BLOCK_N, c.BLOCK_K, c.SPLITS, c.num_warps) for c in configs}) == 1
         assert all(c.num_stages >= 2 and c.SPLITS * c.STEPS * c.BLOCK_K >= K > (c.SPLITS * c.STEPS - c.STEPS) * c.BLOCK_K for c in configs)
-        assert max((c.BLOCK_M + c.BLOCK_N) * c.BLOCK_K * c.num_stages for c in configs) * dtype.itemsize <= SHARED_BYTES
+        assert max((c.BLOCK_M + c.BLOCK_N) * c.BLOCK_K * c.num_stages for c in configs) * dtype.itemsize <= SHARED_BYTES[90]
         assert is_split or configs[0].SPLITS == 1
     assert not is_split or room.config(1, 2048, 8192, dtype, True).SPLITS > 1
 
 
 def test_a_small_workspace_is_refused(device):
     small = room.Workspace(torch.empty(64, device=device), torch.zeros(64, dtype=torch.int32, device=device))
-    with pytest.raises(ValueError, match=r"linear: workspace.partials: got 64 elements, expected at least \d+ for 3 rows of 40 x 64"):
-        room.linear(torch.ones(3, 64, device=device), torch.ones(40, 64, device=device), workspace=small)
+    with pytest.raises(ValueError, match=r"linear: workspace.partials: got 64 elements, expected at least \d+ for 3 rows of 40 x 512"):
+        room.linear(torch.ones(3, 512, device=device), torch.ones(40, 512, device=device), workspace=small)
 
 
 def test_fused_products_refuse_what_torch_would_take_over(device):
-    x, weight, norm = torch.ones(room.MOST_TOKENS + 1, 8, device=device), torch.ones(4, 8, device=device), torch.ones(8, device=device)
+    x, weight, norm = (torch.ones(*shape, device=device) for shape in ((room.MOST_TOKENS + 1, 8), (4, 8), (8,)))
     with pytest.raises(ValueError, match="norm_linear: x: got 65 rows, expected at most 64; call the norm, linear and the add apart"):
-        room.norm_linear(x, norm, weight)
+        normed(x, norm, weight)
     with pytest.raises(ValueError, match="linear_residual: x: got 65 rows"):
         room.linear_residual(x, weight, torch.ones(room.MOST_TOKENS + 1, 4, device=device))
 
 
+@pytest.mark.parametrize("change, error, words", [
+    (dict(norm=None), ValueError, "linear_residual: norm: got one of norm and scaled, expected both or none"),
+    (dict(norm=torch.ones(5)), ValueError, r"linear_residual: norm: got shape \[5\], expected \[4\]"),
+    (dict(scaled=(torch.ones(2, 4), torch.ones(2, 9))), ValueError, "linear_residual: scaled.squares: got 9 parts, expected 1; Scaled.empty makes"),
+    (dict(scaled=(torch.ones(2, 5), torch.ones(2, 1))), ValueError, r"linear_residual: scaled.x: got shape \[2, 5\], expected \[2, 4\]"),
+    (dict(scaled=(torch.ones(2, 4), torch.ones(3, 1))), ValueError, r"linear_residual: scaled.squares: got shape \[3, 1\], expected \[2, any\]"),
+])
+def test_misuse_of_halves_is_named(device, change, error, words):
+    arguments = dict(norm=torch.ones(4), scaled=(torch.ones(2, 4), torch.ones(2, 1))) | change
+    norm = None if arguments["norm"] is None else arguments["norm"].to(device)
+    with pytest.raises(error, match=words):
+        room.linear_residual(*(torch.ones(*shape, device=device) for shape in ((2, 8), (4, 8), (2, 4))), norm=norm,
+                             scaled=room.Scaled(*(t.to(device) for t in arguments["scaled"])))
+
+
 @pytest.mark.gpu
-@given(seeds, st.sampled_from([torch.float16, torch.bfloat16]), st.sampled_from([1, 16, 17, 40, 64]), st.integers(0, 4))
+@given(seeds, st.sampled_from([torch.float16, torch.bfloat16]), st.sampled_from([1, 16, 17, 40, 64]), st.integers(0, 5))
 def test_rows_keep_their_bits_at_model_shapes(device, seed, dtype, T, op):
     order = torch.randperm(256, generator=torch.Generator().manual_seed(seed)).to(device)
     for shape in ((2048, 2048), (3072, 2048), (16384, 2048), (2048, 8192)):

@@ -21,9 +21,9 @@ SINGLE = {"_rmsnorm_kernel", "_rotary_kv_write_kernel", "_silu_and_mul_kernel"}
 LAYERS = 2
 
 
-def build(device, fused=True, **changes):
+def build(device, **changes):
     config = LlamaConfig.from_dict(tiny_config(num_hidden_layers=LAYERS, **changes))
-    return config, Llama.build(config, random_weights(config, device, torch.float32), 48, fused)
+    return config, Llama.build(config, random_weights(config, device, torch.float32), 48)
 
 
 def run(device, config, model, bucket):
@@ -39,9 +39,8 @@ def run(device, config, model, bucket):
     return logits[:2], [launch.kernel for launch in launches]
 
 
-@pytest.mark.parametrize("bucket, changes, fused", [(4, {}, True), (64, {}, True), (65, {}, False), (4, dict(head_dim=136), False),
-                                                    (4, dict(fused=False), False)],
-                         ids=["few tokens", "the most", "one more", "wide heads", "not asked for"])
+@pytest.mark.parametrize("bucket, changes, fused", [(4, {}, True), (64, {}, True), (65, {}, False), (4, dict(head_dim=136), False)],
+                         ids=["few tokens", "the most", "one more", "wide heads"])
 def test_few_tokens_take_five_nodes_a_layer(device, bucket, changes, fused):
     _, names = run(device, *build(device, **changes), bucket)
     assert FUSED <= {*names} and not SINGLE & {*names} if fused else SINGLE <= {*names} and not FUSED & {*names}
@@ -74,7 +73,7 @@ def test_fused_logits_equal_reference(device, changes):
 
 def test_control_another_norm_is_caught(device):
     config, model = build(device)
-    other = Llama(config, random_weights(config, device, torch.float32), model.cos_sin, True)
+    other = Llama(config, random_weights(config, device, torch.float32), model.cos_sin)
     other.weights.layers[1].post_norm.mul_(1.001)
     with pytest.raises(AssertionError, match=r"RMS error|greatest error"):
         check_logits(device, config, model, other)

@@ -68,7 +68,18 @@ def products(x):
 
 def qkv_arguments(x):
     weight = randn(11, (H + 2 * K) * D, HIDDEN, device=x.ids.device)
-    return x.x, x.norm, weight, 1e-5, x.plan.positions, x.cos_sin, x.plan.slot_mapping, x.k_cache, x.v_cache, x.out(T, H, D)
+    return *halves(x), weight, 1e-5, x.plan.positions, x.cos_sin, x.plan.slot_mapping, x.k_cache, x.v_cache, x.out(T, H, D)
+
+
+def left(x, K):
+    """Room for half a norm."""
+    return ops.Scaled.empty(T, K, x.x.dtype, x.ids.device, splits=True)
+
+
+def halves(x):
+    scaled = left(x, HIDDEN)
+    ops.scale(x.x, x.norm, scaled)
+    return scaled
 
 
 def adjustments(x):
@@ -145,13 +156,17 @@ CASES = {   # case: the inputs -> the positional and the keyword arguments of th
     "linear half": lambda x: ((x.x.half(), x.head.half()), dict(dtype=torch.float32)),
     "linear empty": lambda x: ((x.x[:0], x.head), {}),
     "linear_out": lambda x: ((x.x, x.head, x.out(T, V)), dict(bias=x.bias, num_tokens=x.n)),
-    "norm_linear_out": lambda x: ((x.x, x.norm, x.head, 1e-5, x.out(T, V)), {}),
-    "norm_linear_out split": lambda x: ((x.x, x.norm, x.head, 1e-5, x.out(T, V), x.bias, x.n), products(x)),
+    "scale": lambda x: ((x.x, x.norm, *left(x, HIDDEN)), {}),
+    "scale pads": lambda x: ((x.x, x.norm, *left(x, HIDDEN), x.n), {}),
+    "norm_linear_out": lambda x: ((*halves(x), x.head, 1e-5, x.out(T, V)), {}),
+    "norm_linear_out split": lambda x: ((*halves(x), x.head, 1e-5, x.out(T, V), x.bias, x.n), products(x)),
+    "norm_linear_out gather": lambda x: ((*halves(x), x.head, 1e-5, x.out(R, V)), dict(index=x.plan.last_token)),
     "linear_residual": lambda x: ((x.x, x.head[:HIDDEN], x.residual), {}),
     "linear_residual split": lambda x: ((x.x, x.head[:HIDDEN], x.residual, x.bias[:HIDDEN], x.n), products(x)),
-    "norm_gate_up": lambda x: ((x.x, x.norm, x.head), {}),
-    "norm_gate_up pads": lambda x: ((x.x, x.norm, x.head, 1e-5, x.bias, x.n), {}),
-    "norm_gate_up_out": lambda x: ((x.x, x.norm, x.head, 1e-5, x.out(T, V // 2)), dict(num_tokens=x.n)),
+    "linear_residual norm": lambda x: ((x.x, x.head[:HIDDEN], x.residual), dict(
+        num_tokens=x.n, norm=x.norm, **dict(zip(("scaled_x", "squares"), left(x, HIDDEN), strict=True)), **products(x))),
+    "norm_gate_up_out": lambda x: ((*halves(x), x.head, 1e-5, x.out(T, V // 2)), dict(num_tokens=x.n)),
+    "norm_gate_up_out bias": lambda x: ((*halves(x), x.head, 1e-5, x.out(T, V // 2), x.bias), {}),
     "norm_qkv": lambda x: (qkv_arguments(x), {}),
     "norm_qkv split norms": lambda x: ((*qkv_arguments(x), None, x.head_norm, x.head_norm, x.n), products(x)),
     "embedding": lambda x: ((x.ids, x.embed, x.n), {}),
@@ -233,12 +248,13 @@ def check_fake(op, args, kwargs):
 def test_fakes_equal_real_outputs(device, case):
     op, args, kwargs = arguments(case, device)
     reals = check_fake(op, args, kwargs)
-    writes_to_out = op._schema.name.endswith(("_out", "write", "adjust_", "advance", "linear_residual", "norm_qkv"))
+    writes_to_out = op._schema.name.endswith(("_out", "write", "adjust_", "advance", "scale", "linear_residual", "norm_qkv"))
     assert (not reals) == writes_to_out == (not op._schema.returns)
 
 
 WITH_RECORDS = ("schedule_out", "attention_out", "sample_out", "adjust_out", "adjust_", "advance", "ngram_out", "expand_out", "verify_out",
-                "logprobs_out", "norm_linear_out", "linear_residual", "norm_qkv")        # their faces take dataclasses: see below
+                "logprobs_out", "scale", "norm_linear_out", "linear_residual", "norm_gate_up_out",
+                "norm_qkv")                                                              # their faces take dataclasses: see below
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.split()[0] not in WITH_RECORDS])
@@ -272,16 +288,31 @@ def test_attention_face_equals_registered_op(device, case):
         assert_same(got, want)
 
 
-@pytest.mark.parametrize("case", ["norm_linear_out", "norm_linear_out split", "linear_residual split", "norm_qkv split norms"])
+@pytest.mark.parametrize("case", ["scale pads", "norm_linear_out", "norm_linear_out split", "norm_linear_out gather", "linear_residual split",
+                                  "linear_residual norm", "norm_gate_up_out bias", "norm_qkv split norms"])
 def test_product_faces_equal_registered_ops(device, case):
-    """Their faces take the workspace whole."""
-    op, args, kwargs = arguments(case, device)
-    _, same, workspace = arguments(case, device)
+    """Their faces take the workspace and both halves of a norm whole."""
+    (op, args, kwargs), (_, same, same_kwargs) = arguments(case, device), arguments(case, device)
     op(*args, **kwargs)
-    getattr(ops, case.split()[0])(*same, workspace=ops.ProductWorkspace(**workspace) if workspace else None)
-    for got, want in zip(same, args, strict=True):
-        if isinstance(got, torch.Tensor):
+    name, given, options = case.split()[0], list(same), dict(same_kwargs)
+    if name == "scale":
+        given[2:4] = [ops.Scaled(*given[2:4])]
+    elif name != "linear_residual":
+        given[:2] = [ops.Scaled(*given[:2])]
+    elif "scaled_x" in options:
+        options["scaled"] = ops.Scaled(options.pop("scaled_x"), options.pop("squares"))
+    if "partials" in options:
+        options["workspace"] = ops.ProductWorkspace(options.pop("partials"), options.pop("counters"))
+    getattr(ops, name)(*given, **options)
+    for got, want in zip((*same, *same_kwargs.values()), (*args, *kwargs.values()), strict=True):
+        if isinstance(got, torch.Tensor) and got is not same_kwargs.get("partials"):
             assert_same(got, want)
+
+
+def test_gate_up_returns_what_its_other_face_writes(device):
+    (_, (x, squares, weight, eps, out), options) = arguments("norm_gate_up_out", device)
+    ops.norm_gate_up_out(ops.Scaled(x, squares), weight, eps, out, **options)
+    assert_same(ops.norm_gate_up(ops.Scaled(x, squares), weight, eps, **options), out)
 
 
 def test_sampling_face_equals_registered_op(device):

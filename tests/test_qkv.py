@@ -8,10 +8,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import reference.qkv as twin
+import reference.rmsnorm as norms
 from gkernels.kernels import qkv as room
+from gkernels.kernels import rmsnorm
 from gkernels.kernels.rotary import cos_sin_table
 from tests.close import assert_no_worse, assert_same
-from tests.strategies import counter, dtypes, poisons, randn, seeds, strided
+from tests.strategies import counter, dtypes, poisons, randn, scaled, seeds, strided
 
 shapes = st.sampled_from([(1, 1, 2, 16), (3, 1, 16, 40), (4, 2, 20, 64), (2, 2, 64, 100), (4, 1, 80, 32)])    # H, KV, D, K
 PAGES, PAGE, LENGTH = 12, 4, 40
@@ -36,6 +38,17 @@ def draw(seed, T, shape, dtype, device, part=1.0, has_bias=True, has_norms=True,
         bias=maybe(has_bias, 3, N), q_norm=maybe(has_norms, 4, D), k_norm=maybe(has_norms, 5, D), workspace=workspace)
 
 
+def norm_qkv(x, norm, weight, **others):
+    """The whole norm, in two nodes that share it."""
+    room.norm_qkv(scaled(rmsnorm.scale, x, norm), weight, **others)
+
+
+def plain_qkv(x, norm, weight, eps, num_tokens=None, **others):
+    """The twin's chain, one op by one: rows that are normed already, and squares that scale them by 1."""
+    ones = torch.full((len(x), 1), x.shape[1] * (1 - eps), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
+    twin.norm_qkv((norms.rmsnorm(x, norm, eps), ones), weight, eps, num_tokens=num_tokens, **others)
+
+
 def run(op, arguments, num_tokens=None, **changes):
     """(q, k cache, v cache) of a call on copies."""
     arguments = {name: t.clone() if isinstance(t, torch.Tensor) else t for name, t in (arguments | changes).items()}
@@ -47,28 +60,28 @@ def twin_of(arguments, dtype=None):
     """The twin's results, in `dtype` or the arguments' own."""
     arguments = {name: t for name, t in arguments.items() if name != "workspace"}
     wide = lambda t: t.to(dtype) if dtype and isinstance(t, torch.Tensor) and t.is_floating_point() else t
-    return run(twin.norm_qkv, {name: wide(t) for name, t in arguments.items()})
+    return run(plain_qkv, {name: wide(t) for name, t in arguments.items()})
 
 
-def check_equals_reference(norm_qkv, arguments):
-    got, want, plain = run(norm_qkv, arguments), twin_of(arguments, torch.float64), twin_of(arguments)
+def check_equals_reference(op, arguments):
+    got, want, plain = run(op, arguments), twin_of(arguments, torch.float64), twin_of(arguments)
     for name in vars(got):
         results = [getattr(r, name) for r in (got, want, plain)]
         if name != "q_out":                                  # what no slot names keeps its bits, and tells nothing about errors
             kept = results[1] == 7.0
             assert_same(results[0][kept], torch.full_like(results[0][kept], 7.0))
             results = [r[~kept] for r in results]
-        assert_no_worse(*results)
+        assert_no_worse(*results, chain_terms=arguments["x"].shape[1])
 
 
 @given(seeds, dtypes, st.sampled_from([1, 2, 17]), shapes, st.sampled_from([1.0, 0.5]), st.booleans(), st.booleans(), st.booleans())
 def test_equals_reference(device, seed, dtype, T, shape, part, has_bias, has_norms, is_split):
-    check_equals_reference(room.norm_qkv, draw(seed, T, shape, dtype, device, part, has_bias, has_norms, is_split))
+    check_equals_reference(norm_qkv, draw(seed, T, shape, dtype, device, part, has_bias, has_norms, is_split))
 
 
 def swapped(name, change):
     """The op with one argument changed."""
-    return lambda **arguments: room.norm_qkv(**arguments | {name: change(arguments[name])})
+    return lambda **arguments: norm_qkv(**arguments | {name: change(arguments[name])})
 
 
 @pytest.mark.parametrize("broken", [
@@ -83,17 +96,17 @@ def test_control_broken_nodes_are_caught(device, broken, dtype):
         check_equals_reference(broken, draw(0, 5, (4, 2, 20, 64), dtype, device))
 
 
-def check_rows_keep_their_bits(norm_qkv, arguments):
+def check_rows_keep_their_bits(op, arguments):
     """A row alone gives the bits that it gives in the batch, in any order, in every pad's company."""
     T, rows = arguments["x"].shape[0], ("x", "positions", "slot_mapping", "q_out")
-    whole = run(norm_qkv, arguments)
+    whole = run(op, arguments)
     order = torch.randperm(T, generator=torch.Generator().manual_seed(T)).to(arguments["x"].device)
-    turned = run(norm_qkv, arguments | {name: arguments[name][order] for name in rows})
+    turned = run(op, arguments | {name: arguments[name][order] for name in rows})
     assert_same(turned.q_out[order.argsort()], whole.q_out)
     for name in ("k_cache", "v_cache"):
         assert_same(getattr(turned, name), getattr(whole, name))
     for i in range(min(T, 3)):
-        alone = run(norm_qkv, arguments | {name: arguments[name][i:i + 1].clone() for name in rows})
+        alone = run(op, arguments | {name: arguments[name][i:i + 1].clone() for name in rows})
         assert_same(alone.q_out, whole.q_out[i:i + 1])
         written = alone.k_cache != 7.0
         assert_same(alone.k_cache[written], whole.k_cache[written])
@@ -101,28 +114,28 @@ def check_rows_keep_their_bits(norm_qkv, arguments):
 
 @given(seeds, dtypes, st.sampled_from([4, 20, 40]), shapes, st.booleans())
 def test_rows_keep_their_bits(device, seed, dtype, T, shape, is_split):
-    check_rows_keep_their_bits(room.norm_qkv, draw(seed, T, shape, dtype, device, is_split=is_split))
+    check_rows_keep_their_bits(norm_qkv, draw(seed, T, shape, dtype, device, is_split=is_split))
 
 
 @pytest.mark.gpu
 @given(seeds, st.sampled_from([torch.float16, torch.bfloat16]), st.sampled_from([16, 17, 40]),
        st.sampled_from([(32, 8, 64, 2048), (32, 8, 128, 4096)]))
 def test_rows_keep_their_bits_at_model_shapes(device, seed, dtype, T, shape):
-    check_rows_keep_their_bits(room.norm_qkv, draw(seed, T, shape, dtype, device))
+    check_rows_keep_their_bits(norm_qkv, draw(seed, T, shape, dtype, device))
 
 
 def test_control_a_row_that_sees_the_batch_is_caught(device):
     arguments = draw(0, 20, (4, 2, 20, 64), torch.float32, device)
     with pytest.raises(AssertionError, match="elements differ"):
-        check_rows_keep_their_bits(lambda **a: room.norm_qkv(**a | dict(x=a["x"] + 1e-6 * a["x"].mean())), arguments)
+        check_rows_keep_their_bits(lambda **a: norm_qkv(**a | dict(x=a["x"] + 1e-6 * a["x"].mean())), arguments)
 
 
-def check_pads(norm_qkv, arguments, live, poison):
+def check_pads(op, arguments, live, poison):
     rows = ("x", "positions", "slot_mapping", "q_out")
-    want = run(room.norm_qkv, arguments | {name: arguments[name][:live].clone() for name in rows})
+    want = run(norm_qkv, arguments | {name: arguments[name][:live].clone() for name in rows})
     poisoned = {name: arguments[name].clone() for name in rows}
     poisoned["x"][live:], poisoned["positions"][live:], poisoned["slot_mapping"][live:] = poison, 2, PAGES * PAGE * 2 - 1
-    got = run(norm_qkv, arguments, counter(live, arguments["x"].device), **poisoned)
+    got = run(op, arguments, counter(live, arguments["x"].device), **poisoned)
     assert_same(got.q_out, torch.cat([want.q_out, torch.zeros_like(got.q_out[live:])]))
     assert_same(got.k_cache, want.k_cache)
     assert_same(got.v_cache, want.v_cache)
@@ -130,23 +143,23 @@ def check_pads(norm_qkv, arguments, live, poison):
 
 @given(seeds, dtypes, st.sampled_from([0, 1, 17]), st.sampled_from([0, 1, 20]), shapes, poisons, st.booleans())
 def test_pads_are_zero_and_write_nothing(device, seed, dtype, live, pads, shape, poison, is_split):
-    check_pads(room.norm_qkv, draw(seed, live + pads, shape, dtype, device, is_split=is_split), live, poison)
+    check_pads(norm_qkv, draw(seed, live + pads, shape, dtype, device, is_split=is_split), live, poison)
 
 
 def test_control_written_pads_are_caught(device):
     with pytest.raises(AssertionError):
-        check_pads(lambda num_tokens, **a: room.norm_qkv(**a), draw(0, 5, (4, 2, 20, 64), torch.float16, device), 3, 1.0)
+        check_pads(lambda num_tokens, **a: norm_qkv(**a), draw(0, 5, (4, 2, 20, 64), torch.float16, device), 3, 1.0)
 
 
 @given(seeds, dtypes, shapes)
 def test_strides_and_head_major_pages(device, seed, dtype, shape):
     """A strided x, and caches that are the halves of one tensor of [page, head, token] give the bits of plain ones."""
     arguments = draw(seed, 5, shape, dtype, device)
-    want, (N, P, KV, D) = run(room.norm_qkv, arguments), arguments["k_cache"].shape
+    want, (N, P, KV, D) = run(norm_qkv, arguments), arguments["k_cache"].shape
     both = torch.full((N, KV, P, 2 * -(-D // 8) * 8), 7.0, dtype=dtype, device=device)
     caches = {name: half[..., :D].transpose(1, 2) for name, half in zip(("k_cache", "v_cache"), both.chunk(2, -1), strict=True)}
     q_out = arguments["q_out"].clone()
-    room.norm_qkv(**arguments | caches | dict(x=strided(arguments["x"]) if shape[3] % 8 == 0 else arguments["x"], q_out=q_out))
+    norm_qkv(**arguments | caches | dict(x=strided(arguments["x"]) if shape[3] % 8 == 0 else arguments["x"], q_out=q_out))
     assert_same(q_out, want.q_out)
     assert_same(caches["k_cache"], want.k_cache)
     assert_same(caches["v_cache"], want.v_cache)
@@ -158,7 +171,7 @@ def test_integers_are_exact(device):
     change = dict(x=2 * (arguments["x"] > 0) - 2 * (arguments["x"] <= 0).half(), norm=arguments["norm"].round().clamp(-2, 2), eps=0.0,
                   weight=(arguments["weight"] * 8).round().clamp(-2, 2), positions=torch.zeros_like(arguments["positions"]),
                   slot_mapping=torch.arange(5, device=device))
-    got, want = run(room.norm_qkv, arguments, **change), twin_of(arguments | change, torch.float64)
+    got, want = run(norm_qkv, arguments, **change), twin_of(arguments | change, torch.float64)
     for name in vars(got):
         assert_same(getattr(got, name), getattr(want, name).half())
 
@@ -170,7 +183,7 @@ def test_integers_are_exact(device):
     (dict(cos_sin=torch.ones(9, 10)), ValueError, "norm_qkv: cos_sin: got 10 columns, expected an even number, 2 to D = 8"),
     (dict(x=torch.ones(65, 8), q_out=torch.ones(65, 2, 8), positions=torch.ones(65, dtype=torch.int32),
           slot_mapping=torch.ones(65, dtype=torch.int64)), ValueError,
-     "norm_qkv: x: got 65 rows, expected at most 64; call rmsnorm, linear and rotary_kv_write apart"),
+     "norm_qkv: scaled.x: got 65 rows, expected at most 64; call rmsnorm, linear and rotary_kv_write apart"),
     (dict(q_norm=torch.ones(9)), ValueError, r"norm_qkv: q_norm: got shape \[9\], expected \[8\]"),
 ])
 def test_misuse_is_named(device, change, error, words):
@@ -178,4 +191,4 @@ def test_misuse_is_named(device, change, error, words):
                      cos_sin=torch.ones(9, 8), slot_mapping=torch.ones(3, dtype=torch.int64), k_cache=torch.ones(2, 4, 1, 8),
                      v_cache=torch.ones(2, 4, 1, 8), q_out=torch.ones(3, 2, 8)) | change
     with pytest.raises(error, match=words):
-        room.norm_qkv(**{k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in arguments.items()})
+        norm_qkv(**{k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in arguments.items()})

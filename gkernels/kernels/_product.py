@@ -1,8 +1,9 @@
 """The product of few rows with a weight, which linear, norm_linear, linear_residual, norm_gate_up and norm_qkv share.
 
 A program holds a tile of weight rows as the M operand of the dot, because 64 of them fill it and 1 token does not. Where N gives fewer programs
-than the device needs, K is split: the last program of a tile to arrive adds the float32 sums in the order of K. A preceding RMSNorm is
-folded in: the dot sees x * norm, rounded once, and each sum is scaled by its row's 1 / rms, whose squares are the diagonal of x x^T.
+than the device needs, K is split: the last program of a tile to arrive adds the float32 sums in the order of K.
+An RMSNorm is shared by two nodes: the one that writes a row leaves x * norm, rounded once, and its squares (`Scaled`); the product after it
+multiplies that, as any other x, and scales each sum by the row's 1 / rms. No product has a norm to load or a row to touch twice.
 Tiles of weight rows, splits and every order of addition follow from (N, K, dtype), so a row's bits are the same for any T, tile and place.
 
 On Hopper and later the nodes overlap (programmatic dependent launch): a program starts while the node before still runs, asks the L2 for
@@ -24,10 +25,11 @@ from ._arrive import arrive
 
 MOST_TOKENS = 64          # above it cuBLAS is 1.2 to 4 times faster on the H200; below, this is level with it or faster at most shapes
 MULTIPROCESSORS = 132     # of the H100 and the H200: fewer programs than this leave read bandwidth idle
-SHARED_BYTES = 96 << 10   # what every GPU since 2020 gives a block
-MOST_SPLIT = 288          # programs of a product whose K is split: two a multiprocessor, and some
+SHARED_BYTES = {80: 160 << 10, 90: 216 << 10, 100: 216 << 10, 0: 64 << 10}      # that a program may have, by compute capability; 0: AMD's GPUs
+LEAST_SHARED_BYTES = 96 << 10    # of every other GPU since 2020
+MOST_STAGES = 8           # of a program that has a multiprocessor to itself
 MOST_SPLITS = 4           # of one K: 8 gain 4 % at one token where N = 2048 and K = 8192, and lose 15 % at 64, where the last program has more to add
-AHEAD_BYTES = 1024        # of each weight row that a program asks for before it waits
+AHEAD_BYTES = 512         # of each weight row that a program asks for before it waits: 256 to 512 is best, none 1 us a layer worse, 2048 4
 
 
 class Tile(NamedTuple):
@@ -65,8 +67,8 @@ class Workspace:
 
     @classmethod
     def allocate(cls, device: torch.device | str) -> Workspace:
-        return cls(torch.empty(MOST_SPLIT * (128 + 1) * MOST_TOKENS, dtype=torch.float32, device=device),
-                   torch.zeros(MOST_SPLIT * 4, dtype=torch.int32, device=device))
+        return cls(torch.empty(MULTIPROCESSORS * 128 * MOST_TOKENS, dtype=torch.float32, device=device),
+                   torch.zeros(MULTIPROCESSORS * 4, dtype=torch.int32, device=device))
 
 
 def capability() -> int:
@@ -80,7 +82,24 @@ def overlaps() -> bool:
     return capability() >= 90
 
 
-def tile(T: int, N: int, K: int, dtype: torch.dtype, splits: bool, normed: bool, group: tuple[int, int] | None = None) -> Tile:
+class Scaled(NamedTuple):
+    """What the writer of rows leaves to the products after it: rmsnorm(row, norm, eps) = x / sqrt(sum(squares) / K + eps)."""
+
+    x: torch.Tensor           # [T, K]: row * norm, rounded once; in float16 it must stay below 65504
+    squares: torch.Tensor     # [T, PARTS] float32: what the squares of parts of the row sum to
+
+    @classmethod
+    def empty(cls, T: int, K: int, dtype: torch.dtype, device: torch.device | str, splits: bool) -> Scaled:
+        """splits: whether the product that writes the rows has a workspace."""
+        return cls(torch.empty(T, K, dtype=dtype, device=device), torch.empty(T, parts(K, dtype, splits), device=device))
+
+
+def parts(N: int, dtype: torch.dtype, splits: bool) -> int:
+    """How many sums of squares the writer of rows of N leaves: one a tile."""
+    return tile(1, N, 1, dtype, splits).TILES
+
+
+def tile(T: int, N: int, K: int, dtype: torch.dtype, splits: bool, group: tuple[int, int] | None = None) -> Tile:
     """How the product of T rows with [N, K] is cut. group: (rows, tiles), where the caller's rows come in groups, each padded to that many."""
     if _check.INTERPRETED:    # which pays 0.1 ms an operation whatever its size: few tiles, each as large as may be
         BLOCK_M, BLOCK_N = (max(triton.next_power_of_2(n), 16) for n in (T, N))
@@ -89,7 +108,7 @@ def tile(T: int, N: int, K: int, dtype: torch.dtype, splits: bool, normed: bool,
         BLOCK_K = min(max(triton.next_power_of_2(triton.cdiv(K, SPLITS)), 16), 256)
     else:
         BLOCK_N, TILES = group or _rows(N, dtype, splits)
-        BLOCK_M, BLOCK_K, SPLITS, num_warps, num_stages = _block(T, K, dtype, splits, normed, BLOCK_N, TILES)
+        BLOCK_M, BLOCK_K, SPLITS, num_warps, num_stages = _block(T, K, dtype, splits, BLOCK_N, TILES)
     STEPS = triton.cdiv(triton.cdiv(K, BLOCK_K), SPLITS)
     lines = min(STEPS * BLOCK_K * dtype.itemsize, AHEAD_BYTES) // 128
     return Tile(N, K, TILES, BLOCK_M, BLOCK_N, BLOCK_K, SPLITS, STEPS, N == BLOCK_N * TILES and K == BLOCK_K * SPLITS * STEPS,
@@ -108,25 +127,31 @@ def _rows(N, dtype, splits):
     return rows, triton.cdiv(N, rows)
 
 
-def _block(T, K, dtype, splits, normed, BLOCK_N, TILES):
+def _block(T, K, dtype, splits, BLOCK_N, TILES):
     """(BLOCK_M, BLOCK_K, SPLITS, num_warps, num_stages)"""
-    half = dtype != torch.float32
-    # Only Hopper's products take x from shared memory: elsewhere it passes through registers, and 64 rows of it spill beside their squares
-    hopper, shared = half and capability() // 10 == 9, SHARED_BYTES if capability() else SHARED_BYTES * 2 // 3      # AMD's programs have 64 KiB
-    widest = (64 if half else 32) // (2 if normed and not hopper else 1)
+    half, arch = dtype != torch.float32, capability()
+    hopper = half and arch // 10 == 9
+    widest = 64 if half else 32
     BLOCK_M = max(min(triton.next_power_of_2(T), widest if BLOCK_N <= 64 else widest // 2), 16)
-    # Masked tiles of 128 x 128 spill, and heads of 128 rows leave room for two stages of 128 columns only
-    BLOCK_K = next((b for b in (128, 64) if K % b == 0 and half and b * BLOCK_N <= 8192), 32 if half or BLOCK_N < 128 else 16)
-    SPLITS = 1
-    while splits and SPLITS < MOST_SPLITS and TILES * SPLITS * 2 <= MOST_SPLIT and K >= BLOCK_K * SPLITS * 4:
+    # Tiles of 128 x 128 spill but on Hopper, which reads them from shared memory
+    BLOCK_K = next((b for b in (128, 64) if K % b == 0 and half and (b * BLOCK_N <= 8192 or hopper)), 32 if half or BLOCK_N < 128 else 16)
+    SPLITS = 1                                      # as long as every program has a multiprocessor of its own
+    while splits and SPLITS < MOST_SPLITS and TILES * SPLITS * 2 <= MULTIPROCESSORS and K >= BLOCK_K * SPLITS * 4:
         SPLITS *= 2
-    wanted = 4 if BLOCK_N == 64 else 6              # the best of 3 to 8 on the H200 at one token
     num_warps = 8 if BLOCK_N == 128 and not hopper else 4
-    return BLOCK_M, BLOCK_K, SPLITS, num_warps, min(wanted, shared // ((BLOCK_M + BLOCK_N) * BLOCK_K * dtype.itemsize))
+    shared = SHARED_BYTES.get(arch, LEAST_SHARED_BYTES)
+    if TILES * SPLITS > MULTIPROCESSORS:            # two at a time on each, where the half holds 3 stages of 64 tokens
+        shared = max(shared // 2, LEAST_SHARED_BYTES if arch else 0)
+    return BLOCK_M, BLOCK_K, SPLITS, num_warps, min(shared // ((BLOCK_M + BLOCK_N) * BLOCK_K * dtype.itemsize), MOST_STAGES)
 
 
-def check_norm(op: str, norm: torch.Tensor, K: int, x: torch.Tensor) -> None:
-    _check.tensor(op, "norm", norm, (K,), (x.dtype,), x.device)
+def check_scaled(op: str, name: str, scaled: Scaled, T: int | None, K: int | None, dtypes: tuple[torch.dtype, ...],
+                 device: torch.device | None, writes: bool = False) -> int:
+    """How many parts its squares have."""
+    _check.require(scaled.squares.dim() != 2 or scaled.squares.shape[1] >= 1, op, f"{name}.squares", "no parts", "at least one")
+    _check.tensor(op, f"{name}.x", scaled.x, (T, K), dtypes, device, writes=writes)
+    _check.tensor(op, f"{name}.squares", scaled.squares, (scaled.x.shape[0], None), (torch.float32,), scaled.x.device, dense=2, writes=writes)
+    return scaled.squares.shape[1]
 
 
 def check_workspace(op: str, workspace: Workspace | None, c: Tile, T: int, device: torch.device) -> tuple:
@@ -134,7 +159,7 @@ def check_workspace(op: str, workspace: Workspace | None, c: Tile, T: int, devic
     if workspace is None:
         return None, None
     tiles = triton.cdiv(T, c.BLOCK_M) * c.TILES
-    for name, t, dtype, need in (("partials", workspace.partials, torch.float32, tiles * c.SPLITS * (c.BLOCK_N + 1) * c.BLOCK_M),
+    for name, t, dtype, need in (("partials", workspace.partials, torch.float32, tiles * c.SPLITS * c.BLOCK_N * c.BLOCK_M),
                                  ("counters", workspace.counters, torch.int32, tiles)):
         _check.tensor(op, f"workspace.{name}", t, (None,), (dtype,), device, writes=True)
         _check.require(c.SPLITS == 1 or t.numel() >= need, op, f"workspace.{name}", f"{t.numel()} elements",
@@ -163,36 +188,21 @@ def enter(weight_ptr, rows, split, C: tl.constexpr):
 
 
 @triton.jit
-def _norm(norm_ptr, k, C: tl.constexpr):
-    """Norm weights [BLOCK_K] from k on, in float32. Halves are read as pairs, since what the pipeline fetches ahead has 4 bytes a thread or more."""
-    if norm_ptr.dtype.element_ty == tl.float32 or C.K != C.BLOCK_K * C.STEPS * C.SPLITS:
-        offs_k = k + tl.arange(0, C.BLOCK_K)
-        return tl.load(norm_ptr + offs_k, offs_k < C.K, other=0.0).to(tl.float32)
-    else:
-        pairs = tl.load(norm_ptr.to(tl.pointer_type(tl.int32)) + k // 2 + tl.arange(0, C.BLOCK_K // 2))
-        low, high = (pairs & 0xFFFF).to(tl.int16), (pairs >> 16).to(tl.int16)
-        norm_type: tl.constexpr = norm_ptr.dtype.element_ty
-        return tl.interleave(low.to(norm_type, bitcast=True).to(tl.float32), high.to(norm_type, bitcast=True).to(tl.float32))
-
-
-@triton.jit
 def sums(
     x_ptr,         # [T, K]
     weight_ptr,    # [N, K]
-    norm_ptr,      # [K]; None without a norm
     rows,          # [BLOCK_N] int64: the tile's weight rows; those past N are masked
-    offs_m,        # [BLOCK_M]
+    rows_x,        # [BLOCK_M]: the rows of x
     mask_live,     # [BLOCK_M]
     stride_xt, split, zero,
     C: tl.constexpr,
 ):
-    """The split's products [BLOCK_N, BLOCK_M] and x x^T [BLOCK_M, BLOCK_M], zeros without a norm. `zero` is one that the assembler cannot know:
-    ptxas 12.8 drops wgmma products whose sums start at 0 and meet a select with 0, as they do at every op's end."""
+    """The split's products [BLOCK_N, BLOCK_M]. `zero` is one that the assembler cannot know: ptxas 12.8 drops wgmma products whose sums start at 0
+    and meet a select with 0, as they do at every op's end."""
     first_k, offs_k = split * (C.STEPS * C.BLOCK_K), tl.arange(0, C.BLOCK_K)
-    x_tile = x_ptr + offs_m.to(tl.int64)[:, None] * stride_xt + (first_k + offs_k)[None, :]
+    x_tile = x_ptr + rows_x.to(tl.int64)[:, None] * stride_xt + (first_k + offs_k)[None, :]
     weight_tile = weight_ptr + rows[:, None] * C.K + (first_k + offs_k)[None, :]
     acc = tl.full((C.BLOCK_N, C.BLOCK_M), 0, tl.float32) + zero
-    gram = tl.full((C.BLOCK_M, C.BLOCK_M), 0, tl.float32) + zero
     for k in range(0, C.STEPS * C.BLOCK_K, C.BLOCK_K):
         if C.EVEN:
             weight = tl.load(weight_tile + k, eviction_policy="evict_first")
@@ -201,55 +211,59 @@ def sums(
             mask_k = (first_k + k + offs_k < C.K)[None, :]
             weight = tl.load(weight_tile + k, (rows < C.N)[:, None] & mask_k, other=0.0, eviction_policy="evict_first")
             x = tl.load(x_tile + k, mask_live[:, None] & mask_k, other=0.0)
-        if norm_ptr is not None:
-            gram = tl.dot(x, x.T, gram, input_precision="ieee")
-            norm = _norm(norm_ptr, first_k + k, C)
-            x = (x.to(tl.float32) * norm[None, :]).to(x.dtype)
         acc = tl.dot(weight, x.T, acc, input_precision="ieee")
-    return acc, gram
+    return acc
+
+
+@triton.constexpr_function
+def _log2(n):
+    return n.bit_length() - 1
 
 
 @triton.jit
-def squares(gram, C: tl.constexpr):
-    """The diagonal [BLOCK_M] of x x^T: one term a sum, so that its order matters to no bit."""
-    offs = tl.arange(0, C.BLOCK_M)
-    return tl.sum(tl.where(offs[:, None] == offs[None, :], gram, 0.0), 0)
+def column_sums(tile):
+    """Sums over the rows of a tile [ROWS, BLOCK_M], a power of two of them, first half to second: in an order that no layout changes."""
+    for _ in tl.static_range(_log2(tile.shape[0])):
+        first, second = tl.split(tl.permute(tl.reshape(tile, (2, tile.shape[0] // 2, tile.shape[1])), (1, 2, 0)))
+        tile = first + second
+    return tl.reshape(tile, (tile.shape[1],))
+
+
+@triton.jit
+def load_squares(squares_ptr, rows_x, mask_live, PARTS: tl.constexpr):
+    """The parts [PARTS to a power of two, BLOCK_M] of the rows' squares. Loaded before the sums, added up after them."""
+    offs_p = tl.arange(0, triton.next_power_of_2(PARTS))
+    return tl.load(squares_ptr + rows_x.to(tl.int64)[None, :] * PARTS + offs_p[:, None], (offs_p < PARTS)[:, None] & mask_live[None, :], other=0.0)
 
 
 @triton.jit
 def _partial(partials_ptr, tile, split, C: tl.constexpr):
-    return partials_ptr + (tile * C.SPLITS + split) * ((C.BLOCK_N + 1) * C.BLOCK_M)
+    return partials_ptr + (tile * C.SPLITS + split) * (C.BLOCK_N * C.BLOCK_M)
 
 
 @triton.jit
-def leave(acc, square, partials_ptr, counters_ptr, tile, split, HAS_NORM: tl.constexpr, C: tl.constexpr):
+def leave(acc, partials_ptr, counters_ptr, tile, split, C: tl.constexpr):
     """Leaves a split's sums where the tile's last program finds them; true for that one."""
     offs_n, offs_m = tl.arange(0, C.BLOCK_N), tl.arange(0, C.BLOCK_M)
-    mine = _partial(partials_ptr, tile, split, C)
-    tl.store(mine + offs_n[:, None] * C.BLOCK_M + offs_m[None, :], acc)
-    if HAS_NORM:
-        tl.store(mine + C.BLOCK_N * C.BLOCK_M + offs_m, square)
+    tl.store(_partial(partials_ptr, tile, split, C) + offs_n[:, None] * C.BLOCK_M + offs_m[None, :], acc)
     return arrive(counters_ptr + tile, C.SPLITS)
 
 
 @triton.jit
-def collect(acc, square, partials_ptr, tile, HAS_NORM: tl.constexpr, C: tl.constexpr):
+def collect(acc, partials_ptr, tile, C: tl.constexpr):
     """The sums over all splits, in their order."""
     SPLITS: tl.constexpr = C.SPLITS
     offs_n, offs_m = tl.arange(0, C.BLOCK_N), tl.arange(0, C.BLOCK_M)
-    acc, square = tl.zeros_like(acc), tl.zeros_like(square)
+    acc = tl.zeros_like(acc)
     for split in tl.static_range(SPLITS):                   # unrolled: all loads are under way before the first is waited for
-        part = _partial(partials_ptr, tile, split, C)
-        acc += tl.load(part + offs_n[:, None] * C.BLOCK_M + offs_m[None, :], cache_modifier=".cg")
-        if HAS_NORM:
-            square += tl.load(part + C.BLOCK_N * C.BLOCK_M + offs_m, cache_modifier=".cg")
-    return acc, square
+        acc += tl.load(_partial(partials_ptr, tile, split, C) + offs_n[:, None] * C.BLOCK_M + offs_m[None, :], cache_modifier=".cg")
+    return acc
 
 
 @triton.jit
-def normed(acc, square, bias_ptr, rows, eps, C: tl.constexpr):
+def normed(acc, squares, bias_ptr, rows, eps, C: tl.constexpr):
     """The sums, scaled by each row's 1 / rms, plus the bias; fused by name, so that no layout decides whether the compiler does it."""
-    scale = tl.broadcast_to(tl.rsqrt(square / C.K + eps)[None, :], acc.shape)
+    scale = tl.broadcast_to(tl.rsqrt(column_sums(squares) / C.K + eps)[None, :], acc.shape)
     if bias_ptr is not None:
         bias = tl.load(bias_ptr + rows, rows < C.N, other=0.0).to(tl.float32)
         return tl.fma(acc, scale, tl.broadcast_to(bias[:, None], acc.shape))

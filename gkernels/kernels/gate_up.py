@@ -1,7 +1,7 @@
-"""RMSNorm, gate and up projections and SwiGLU in one node:  out = silu(g) * u,  [g, u] = rmsnorm(x, norm) @ weight.T + bias.
+"""The rest of an RMSNorm, gate and up projections and SwiGLU in one node:  out = silu(g) * u,  [g, u] = rmsnorm(row, norm) @ weight.T + bias.
 
-x [T, K] with any row stride, norm [K], weight [2F, K] (the gate's rows first, then the up projection's), bias [2F] or None -> out [T, F].
-float32 sums; g and u are never rounded, out once. The dot sees x * norm rounded to x's dtype (in float16 it must stay below 65504).
+scaled: x = row * norm [T, K] with any row stride, and the rows' squares (see _product.Scaled); weight [2F, K] (the gate's rows first, then the up
+projection's), bias [2F] or None -> out [T, F]. float32 sums; g and u are never rounded, out once.
 Graph-safe: the grid and the tiles depend on T, F and K only; rows at or past num_tokens[0] are written as zeros and change nothing.
 Batch-invariant, for at most MOST_TOKENS rows: see _product.
 """
@@ -13,19 +13,19 @@ import triton
 import triton.language as tl
 
 from . import _check, _product
-from ._product import MOST_TOKENS, Tile
+from ._product import MOST_TOKENS, Scaled, Tile
 
 
 @triton.jit(do_not_specialize=["T"], do_not_specialize_on_alignment=["num_tokens_ptr"])
 def _norm_gate_up_kernel(
     x_ptr,             # [T, K]
-    norm_ptr,          # [K]
+    squares_ptr,       # [T, PARTS]
     weight_ptr,        # [2F, K]
     bias_ptr,          # [2F]; None without a bias
     out_ptr,           # [T, F]
     num_tokens_ptr,    # [1] int32; None when every row is live
     T, stride_xt, stride_ot, eps,
-    F: tl.constexpr, C: tl.constexpr,
+    F: tl.constexpr, PARTS: tl.constexpr, C: tl.constexpr,
 ):
     BLOCK_M: tl.constexpr = C.BLOCK_M
     HALF: tl.constexpr = C.BLOCK_N // 2
@@ -45,8 +45,9 @@ def _norm_gate_up_kernel(
             tl.store(out, tl.full((HALF, BLOCK_M), 0, out_ptr.dtype.element_ty), mask_out)
             return
     mask_live = offs_m < live
-    acc, gram = _product.sums(x_ptr, weight_ptr, norm_ptr, rows, offs_m, mask_live, stride_xt, split, (T >> 31).to(tl.float32), C)
-    gate, up = _product.halves(_product.normed(acc, _product.squares(gram, C), bias_ptr, rows, eps, C), C)
+    squares = _product.load_squares(squares_ptr, offs_m, mask_live, PARTS)
+    acc = _product.sums(x_ptr, weight_ptr, rows, offs_m, mask_live, stride_xt, split, (T >> 31).to(tl.float32), C)
+    gate, up = _product.halves(_product.normed(acc, squares, bias_ptr, rows, eps, C), C)
     out_tile = tl.where(mask_live[None, :], gate / (1.0 + tl.exp(-gate)) * up, 0.0)
     tl.store(out, out_tile.to(out_ptr.dtype.element_ty), mask_out)
 
@@ -54,33 +55,33 @@ def _norm_gate_up_kernel(
 def config(T: int, F: int, K: int, dtype: torch.dtype) -> Tile:
     """Tiles of as many rows of gate as of up; F = 8192 makes 256 programs, so K is never split."""
     half = 128 if _check.INTERPRETED else 32 if dtype != torch.float32 and F >= 32 * _product.MULTIPROCESSORS else 16
-    return _product.tile(T, 2 * F, K, dtype, False, True, (2 * half, triton.cdiv(F, half)))
+    return _product.tile(T, 2 * F, K, dtype, False, (2 * half, triton.cdiv(F, half)))
 
 
-def norm_gate_up_out(x: torch.Tensor, norm: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tensor, bias: torch.Tensor | None = None,
+def norm_gate_up_out(scaled: Scaled, weight: torch.Tensor, eps: float, out: torch.Tensor, bias: torch.Tensor | None = None,
                      num_tokens: torch.Tensor | None = None) -> None:
-    """Writes silu(g) * u to `out`, which must not overlap `x`. Shapes: see the module. Raises ValueError or TypeError."""
-    op = "norm_gate_up"
-    _check.tensor(op, "x", x, (None, None), _check.FLOATS)
+    """Writes silu(g) * u to `out`, which must not overlap `scaled`. Shapes: see the module. Raises ValueError or TypeError."""
+    op, x = "norm_gate_up", scaled.x
+    parts = _product.check_scaled(op, "scaled", scaled, None, None, _check.FLOATS, None)
     T, K = x.shape
     _check.tensor(op, "weight", weight, (None, K), (x.dtype,), x.device, dense=2)
     N = weight.shape[0]
     _check.require(K >= 1 and N >= 2 and N % 2 == 0, op, "weight", f"shape [{N}, {K}]", "an even number of rows, gate rows then up rows")
-    _product.check_norm(op, norm, K, x)
     _check.tensor(op, "out", out, (T, N // 2), (x.dtype,), x.device, writes=True)
     if bias is not None:
         _check.tensor(op, "bias", bias, (N,), (x.dtype,), x.device)
     _check.counter(op, "num_tokens", num_tokens, x.device)
-    _check.require(T <= MOST_TOKENS, op, "x", f"{T} rows", f"at most {MOST_TOKENS}; call rmsnorm, linear and silu_and_mul apart")
+    _check.require(T <= MOST_TOKENS, op, "scaled.x", f"{T} rows", f"at most {MOST_TOKENS}; call rmsnorm, linear and silu_and_mul apart")
     if T == 0:
         return
     c = config(T, N // 2, K, x.dtype)
-    _norm_gate_up_kernel[c.grid(T)](x, norm, weight, bias, out, num_tokens, T, x.stride(0), out.stride(0), eps, F=N // 2, C=c, **c.options())
+    _norm_gate_up_kernel[c.grid(T)](x, scaled.squares, weight, bias, out, num_tokens, T, x.stride(0), out.stride(0), eps, F=N // 2, PARTS=parts,
+                                    C=c, **c.options())
 
 
-def norm_gate_up(x: torch.Tensor, norm: torch.Tensor, weight: torch.Tensor, eps: float = 1e-6, bias: torch.Tensor | None = None,
+def norm_gate_up(scaled: Scaled, weight: torch.Tensor, eps: float = 1e-6, bias: torch.Tensor | None = None,
                  num_tokens: torch.Tensor | None = None) -> torch.Tensor:
-    """Returns silu(g) * u, [g, u] = rmsnorm(x, norm, eps) @ weight.T + bias; rows at or past num_tokens[0] are zeros."""
-    out = x.new_empty(x.shape[0], weight.shape[0] // 2)
-    norm_gate_up_out(x, norm, weight, eps, out, bias, num_tokens)
+    """Returns silu(g) * u, [g, u] = rmsnorm(row, norm, eps) @ weight.T + bias; rows at or past num_tokens[0] are zeros."""
+    out = scaled.x.new_empty(scaled.x.shape[0], weight.shape[0] // 2)
+    norm_gate_up_out(scaled, weight, eps, out, bias, num_tokens)
     return out

@@ -1,11 +1,11 @@
-"""A decoder's way into attention in one node: RMSNorm, q, k and v projections, RMSNorm of the heads of q and k (Qwen 3), rotary embedding, and
-the write of k and v to their cache slots.
+"""A decoder's way into attention in one node: the rest of an RMSNorm, q, k and v projections, RMSNorm of the heads of q and k (Qwen 3), rotary
+embedding, and the write of k and v to their cache slots.
 
-  [q, k, v] = rmsnorm(x, norm) @ weight.T + bias;  q_out = rotate(rmsnorm(q, q_norm));  cache[slot] = rotate(rmsnorm(k, k_norm)), v
-x [T, K] with any row stride, norm [K], weight [(H + 2 KV) D, K] (the rows of q, then k, then v), bias [(H + 2 KV) D] or None, q_norm and
-k_norm [D] or None, positions int32 [T], cos_sin float32 [L, rotary_dim], slot_mapping int64 [T], caches [N, P, KV, D] -> q_out [T, H, D].
+  [q, k, v] = rmsnorm(row, norm) @ weight.T + bias;  q_out = rotate(rmsnorm(q, q_norm));  cache[slot] = rotate(rmsnorm(k, k_norm)), v
+scaled: x = row * norm [T, K] with any row stride, and the rows' squares (see _product.Scaled); weight [(H + 2 KV) D, K] (the rows of q, then k,
+then v), bias [(H + 2 KV) D] or None, q_norm and k_norm [D] or None, positions int32 [T], cos_sin float32 [L, rotary_dim], slot_mapping int64
+[T], caches [N, P, KV, D] -> q_out [T, H, D].
 The pairs of a head are (d, d + rotary_dim / 2); dimensions past rotary_dim are copied. float32 from the product on, one cast at each store.
-The dot sees x * norm rounded to x's dtype (in float16 it must stay below 65504).
 Graph-safe: the grid and the tiles depend on T, K and the heads only; rows at or past num_tokens[0] are zeros in q_out, are never read, and
 write to no slot, and neither does a slot outside the cache. A position outside the table gives NaN in q and k.
 Batch-invariant, for at most MOST_TOKENS rows: a program holds one head, see _product.
@@ -18,19 +18,10 @@ import triton
 import triton.language as tl
 
 from . import _check, _product
-from ._product import MOST_TOKENS, Tile, Workspace
+from ._product import MOST_TOKENS, Scaled, Tile, Workspace
 from .kv_cache import locate_slot
 
 MAX_D = 128               # wider heads spill
-
-
-@triton.jit
-def _column_sums(tile, ROWS: tl.constexpr):
-    """Sums over the rows of a tile [ROWS, BLOCK_M], a power of two of them, first half to second: in an order that no layout changes."""
-    for _ in tl.static_range(ROWS.bit_length() - 1):
-        first, second = tl.split(tl.permute(tl.reshape(tile, (2, tile.shape[0] // 2, tile.shape[1])), (1, 2, 0)))
-        tile = first + second
-    return tile
 
 
 @triton.jit
@@ -44,7 +35,7 @@ def _store_pairs(tile, first, second, offs_first, offs_second, mask_first, mask_
             do_not_specialize_on_alignment=["positions_ptr", "slot_mapping_ptr", "num_tokens_ptr"])
 def _norm_qkv_kernel(
     x_ptr,             # [T, K]
-    norm_ptr,          # [K]
+    squares_ptr,       # [T, PARTS]
     weight_ptr,        # [(H + 2 KV) D, K]
     bias_ptr,          # [(H + 2 KV) D]; None without a bias
     q_norm_ptr,        # [D]; None without a norm of q's heads
@@ -60,7 +51,8 @@ def _norm_qkv_kernel(
     num_tokens_ptr,    # [1] int32; None when every row is live
     T, max_len, num_pages, eps,
     stride_xt, stride_kcn, stride_kcp, stride_kch, stride_vcn, stride_vcp, stride_vch, stride_qot, stride_qoh,
-    H: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, ROTARY: tl.constexpr, PAGE_SIZE: tl.constexpr, C: tl.constexpr,
+    H: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, ROTARY: tl.constexpr, PAGE_SIZE: tl.constexpr, PARTS: tl.constexpr,
+    C: tl.constexpr,
 ):
     BLOCK_M: tl.constexpr = C.BLOCK_M
     HALF: tl.constexpr = C.BLOCK_N // 2
@@ -87,15 +79,15 @@ def _norm_qkv_kernel(
             _store_pairs(q_out, zeros, zeros, offs_first, offs_second, is_first & writes, is_second & writes)
             return
     mask_live = offs_m < live
-    acc, gram = _product.sums(x_ptr, weight_ptr, norm_ptr, rows, offs_m, mask_live, stride_xt, split, (T >> 31).to(tl.float32), C)
-    square = _product.squares(gram, C)
+    squares = _product.load_squares(squares_ptr, offs_m, mask_live, PARTS)
+    acc = _product.sums(x_ptr, weight_ptr, rows, offs_m, mask_live, stride_xt, split, (T >> 31).to(tl.float32), C)
     if C.SPLITS > 1:
-        if not _product.leave(acc, square, partials_ptr, counters_ptr, tile, split, True, C):
+        if not _product.leave(acc, partials_ptr, counters_ptr, tile, split, C):
             return
-        acc, square = _product.collect(acc, square, partials_ptr, tile, True, C)
-    first, second = _product.halves(_product.normed(acc, square, bias_ptr, rows, eps, C), C)      # [HALF, BLOCK_M]
+        acc = _product.collect(acc, partials_ptr, tile, C)
+    first, second = _product.halves(_product.normed(acc, squares, bias_ptr, rows, eps, C), C)      # [HALF, BLOCK_M]
     if q_norm_ptr is not None or k_norm_ptr is not None:
-        scale = tl.rsqrt(_column_sums(tl.fma(first, first, second * second), HALF) / D + eps)
+        scale = tl.rsqrt(_product.column_sums(tl.fma(first, first, second * second)) / D + eps)[None, :]
         if q_norm_ptr is not None:
             if head < H:
                 first *= scale * tl.load(q_norm_ptr + offs_first, is_first, other=0.0).to(tl.float32)
@@ -132,16 +124,16 @@ def _norm_qkv_kernel(
 def config(T: int, heads: int, D: int, rotary_dim: int, K: int, dtype: torch.dtype, splits: bool) -> Tile:
     """A tile is a head, its pairs padded to a power of two."""
     pairs = rotary_dim // 2 + (D - rotary_dim + 1) // 2
-    return _product.tile(T, heads * D, K, dtype, splits, True, (max(2 * triton.next_power_of_2(pairs), 16), heads))
+    return _product.tile(T, heads * D, K, dtype, splits, (max(2 * triton.next_power_of_2(pairs), 16), heads))
 
 
-def norm_qkv(x: torch.Tensor, norm: torch.Tensor, weight: torch.Tensor, eps: float, positions: torch.Tensor, cos_sin: torch.Tensor,
+def norm_qkv(scaled: Scaled, weight: torch.Tensor, eps: float, positions: torch.Tensor, cos_sin: torch.Tensor,
              slot_mapping: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, q_out: torch.Tensor, bias: torch.Tensor | None = None,
              q_norm: torch.Tensor | None = None, k_norm: torch.Tensor | None = None, num_tokens: torch.Tensor | None = None,
              workspace: Workspace | None = None) -> None:
     """Writes q to `q_out`, k and v to their slots, all heads' norms with one eps. Shapes: see the module. Raises ValueError or TypeError."""
-    op, device = "norm_qkv", x.device
-    _check.tensor(op, "x", x, (None, None), _check.FLOATS)
+    op, x, device = "norm_qkv", scaled.x, scaled.x.device
+    parts = _product.check_scaled(op, "scaled", scaled, None, None, _check.FLOATS, None)
     T, K = x.shape
     _check.tensor(op, "q_out", q_out, (T, None, None), (x.dtype,), device, writes=True)
     H, D = q_out.shape[1:]
@@ -151,8 +143,7 @@ def norm_qkv(x: torch.Tensor, norm: torch.Tensor, weight: torch.Tensor, eps: flo
     _check.tensor(op, "v_cache", v_cache, (N, P, KV, D), (k_cache.dtype,), device, writes=True)
     _check.require(N * P * KV >= 1 and H % KV == 0, op, "k_cache", f"shape {list(k_cache.shape)}", f"pages, and heads that divide the {H} of q")
     _check.tensor(op, "weight", weight, ((H + 2 * KV) * D, K), (x.dtype,), device, dense=2)
-    _check.require(K >= 1, op, "x", "no columns", "at least one")
-    _product.check_norm(op, norm, K, x)
+    _check.require(K >= 1, op, "scaled.x", "no columns", "at least one")
     _check.tensor(op, "positions", positions, (T,), (torch.int32,), device, aligned=False)
     _check.tensor(op, "slot_mapping", slot_mapping, (T,), (torch.int64,), device, aligned=False)
     _check.tensor(op, "cos_sin", cos_sin, (None, None), (torch.float32,), device, dense=2)
@@ -162,12 +153,12 @@ def norm_qkv(x: torch.Tensor, norm: torch.Tensor, weight: torch.Tensor, eps: flo
         if t is not None:
             _check.tensor(op, name, t, (n,), (x.dtype,), device)
     _check.counter(op, "num_tokens", num_tokens, device)
-    _check.require(T <= MOST_TOKENS, op, "x", f"{T} rows", f"at most {MOST_TOKENS}; call rmsnorm, linear and rotary_kv_write apart")
+    _check.require(T <= MOST_TOKENS, op, "scaled.x", f"{T} rows", f"at most {MOST_TOKENS}; call rmsnorm, linear and rotary_kv_write apart")
     if T == 0:
         return
     c = config(T, H + 2 * KV, D, rotary_dim, K, x.dtype, workspace is not None)
     _norm_qkv_kernel[c.grid(T)](
-        x, norm, weight, bias, q_norm, k_norm, positions, cos_sin, slot_mapping, k_cache, v_cache, q_out,
+        x, scaled.squares, weight, bias, q_norm, k_norm, positions, cos_sin, slot_mapping, k_cache, v_cache, q_out,
         *_product.check_workspace(op, workspace, c, T, device), num_tokens, T, L, N, eps,
         x.stride(0), *k_cache.stride()[:3], *v_cache.stride()[:3], *q_out.stride()[:2],
-        H=H, KV=KV, D=D, ROTARY=rotary_dim // 2, PAGE_SIZE=P, C=c, **c.options())
+        H=H, KV=KV, D=D, ROTARY=rotary_dim // 2, PAGE_SIZE=P, PARTS=parts, C=c, **c.options())

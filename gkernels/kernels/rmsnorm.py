@@ -1,6 +1,7 @@
 """RMSNorm:  out = x / sqrt(mean(x^2) + eps) * weight,  alone or after a residual add:  residual += x, out = rmsnorm(residual).
 
 x [T, D] (or [T, H, D] for qk-norm) with any row strides, weight [D] -> out like x. float32 inside, one cast at the store.
+`scale` does the half of it that the products of _product leave to the node before:  scaled.x = x * weight,  scaled.squares = sum(x^2).
 Graph-safe: the grid depends on T and H only; rows at or past num_tokens[0] are written as zeros and never read.
 Batch-invariant: one program a row, and its configuration ignores T. Formula: Zhang and Sennrich 2019, arXiv 1910.07467.
 """
@@ -14,6 +15,7 @@ import triton
 import triton.language as tl
 
 from . import _check
+from ._product import Scaled, check_scaled
 
 MAX_D = 16384
 
@@ -50,6 +52,28 @@ def _rmsnorm_kernel(
     weight = tl.load(weight_ptr + offs_d, mask, other=0.0).to(tl.float32)
     out = x * tl.rsqrt(tl.sum(x * x) / D + eps) * weight
     tl.store(out_row, out.to(out_ptr.dtype.element_ty), mask)
+
+
+@triton.jit(do_not_specialize_on_alignment=["num_tokens_ptr"])
+def _scale_kernel(
+    x_ptr,             # [T, D]
+    weight_ptr,        # [D]
+    out_ptr,           # [T, D]
+    squares_ptr,       # [T, PARTS]
+    num_tokens_ptr,    # [1] int32; None when every row is live
+    stride_xt, stride_ot,
+    D: tl.constexpr, PARTS: tl.constexpr, BLOCK_D: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64)
+    offs_d, offs_p = tl.arange(0, BLOCK_D), tl.arange(0, triton.next_power_of_2(PARTS))
+    is_live = True
+    if num_tokens_ptr is not None:
+        is_live = token < tl.load(num_tokens_ptr)
+    # [BLOCK_D]
+    x = tl.load(x_ptr + token * stride_xt + offs_d, (offs_d < D) & is_live, other=0.0).to(tl.float32)
+    weight = tl.load(weight_ptr + offs_d, (offs_d < D) & is_live, other=0.0).to(tl.float32)
+    tl.store(out_ptr + token * stride_ot + offs_d, tl.where(is_live, x * weight, 0.0).to(out_ptr.dtype.element_ty), offs_d < D)
+    tl.store(squares_ptr + token * PARTS + offs_p, tl.where(offs_p == 0, tl.sum(x * x), 0.0), offs_p < PARTS)
 
 
 @dataclass(frozen=True)
@@ -110,3 +134,18 @@ def add_rmsnorm(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, e
     out = torch.empty_like(x)
     add_rmsnorm_out(x, residual, weight, eps, out, num_tokens)
     return out
+
+
+def scale(x: torch.Tensor, weight: torch.Tensor, scaled: Scaled, num_tokens: torch.Tensor | None = None) -> None:
+    """Fills `scaled` with x * weight and the sums of x^2, all in the first part, for a product that follows; x [T, D]. Rows at or past num_tokens[0]
+    become zeros."""
+    _check.tensor("scale", "x", x, (None, None), _check.FLOATS)
+    T, D = x.shape
+    _check.require(1 <= D <= MAX_D, "scale", "x", f"D = {D}", f"1 to {MAX_D}")
+    _check.tensor("scale", "weight", weight, (D,), _check.FLOATS, x.device)
+    parts = check_scaled("scale", "scaled", scaled, T, D, (x.dtype,), x.device, writes=True)
+    _check.counter("scale", "num_tokens", num_tokens, x.device)
+    if T == 0:
+        return
+    c = config(D)
+    _scale_kernel[(T,)](x, weight, *scaled, num_tokens, x.stride(0), scaled.x.stride(0), D=D, PARTS=parts, BLOCK_D=c.BLOCK_D, num_warps=c.num_warps)

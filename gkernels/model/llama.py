@@ -22,51 +22,56 @@ class Llama:
     config: LlamaConfig
     weights: Weights
     cos_sin: torch.Tensor        # [max_len, rotary_dim] float32
-    fused: bool = False          # steps of few tokens take five nodes a layer instead of nine, which are not the faster ones yet: bench/NOTES.md
 
     @classmethod
-    def build(cls, config: LlamaConfig, weights: Weights, max_len: int, fused: bool = False) -> Llama:
+    def build(cls, config: LlamaConfig, weights: Weights, max_len: int) -> Llama:
         """max_len: the longest sequence that will be served; rotary angles are tabulated that far."""
         table = ops.cos_sin_table(config.rotary_dim, max_len, config.rope_theta, config.rope_scaling, weights.embed.device)
-        return cls(config, weights, table, fused)
+        return cls(config, weights, table)
 
     def __post_init__(self):
-        self.scratch = ops.ProductWorkspace.allocate(self.weights.embed.device) if self.fused else None
+        self.scratch = ops.ProductWorkspace.allocate(self.weights.embed.device)
 
     def __call__(self, token_ids: torch.Tensor, block_table: torch.Tensor, plan: ops.Schedule, workspace: ops.Workspace,
                  cache: PagedCache, every_row: bool = False) -> torch.Tensor:
         """token_ids int32 [T], block_table int32 [R, W] -> logits float32 [R, V]; rows of unused requests are zeros. With `every_row` the logits of
         all rows, [T, V]. Steps of one model follow each other in one stream: they share its scratch."""
-        w, eps, n = self.weights, self.config.rms_norm_eps, plan.num_tokens
+        w, n = self.weights, plan.num_tokens
         residual = ops.embedding(token_ids, w.embed, n)
-        x = residual if self.is_fused(residual) else ops.rmsnorm(residual, w.layers[0].input_norm, eps, n)
+        x = self.enter(residual, w.layers[0].input_norm, n)
         next_norms = [layer.input_norm for layer in w.layers[1:]] + [w.norm]
         for i, (layer, next_norm) in enumerate(zip(w.layers, next_norms, strict=True)):
             x = self.attend(x, residual, layer, block_table, plan, workspace, *cache.layer(i))
             x = self.feed_forward(x, residual, layer, next_norm, n)
-        last = x if every_row else ops.embedding(plan.last_token, x, padding_index=-1)
-        logits = torch.empty(last.shape[0], self.config.vocab_size, dtype=torch.float32, device=last.device)
-        if self.is_fused(residual):
-            ops.norm_linear_out(last, w.norm, w.lm_head, eps, logits)
-        else:
-            ops.linear_out(last, w.lm_head, logits)
-        return logits
+        return self.head(x, None if every_row else plan.last_token)
 
     def is_fused(self, residual: torch.Tensor) -> bool:
-        """Whether a step of this capacity takes the fused nodes, whose input is the residual stream itself; the others' is normed already. Quantised
-        weights have none yet."""
-        fits = residual.shape[0] <= ops.MOST_TOKENS and self.config.head_dim <= ops.MOST_HEAD_DIM
-        return self.fused and fits and self.config.quantization is None
+        """Whether a step of this capacity takes five nodes a layer instead of nine: each norm is shared by the node before and the node after it.
+        Quantised weights have no such nodes yet."""
+        return residual.shape[0] <= ops.MOST_TOKENS and self.config.head_dim <= ops.MOST_HEAD_DIM and self.config.quantization is None
 
-    def attend(self, x: torch.Tensor, residual: torch.Tensor, layer: LayerWeights, block_table: torch.Tensor, plan: ops.Schedule,
-               workspace: ops.Workspace, k_cache: torch.Tensor, v_cache: torch.Tensor) -> torch.Tensor:
+    def scaled(self, residual: torch.Tensor) -> ops.Scaled:
+        """Room for what the fused nodes hand on."""
+        T, K = residual.shape
+        return ops.Scaled.empty(T, K, residual.dtype, residual.device, splits=True)
+
+    def enter(self, residual: torch.Tensor, norm: torch.Tensor, n: torch.Tensor) -> torch.Tensor | ops.Scaled:
+        """The first layer's input."""
+        if not self.is_fused(residual):
+            return ops.rmsnorm(residual, norm, self.config.rms_norm_eps, n)
+        scaled = self.scaled(residual)
+        ops.scale(residual, norm, scaled, n)
+        return scaled
+
+    def attend(self, x: torch.Tensor | ops.Scaled, residual: torch.Tensor, layer: LayerWeights, block_table: torch.Tensor, plan: ops.Schedule,
+               workspace: ops.Workspace, k_cache: torch.Tensor, v_cache: torch.Tensor) -> torch.Tensor | ops.Scaled:
         """Adds attention to the residual and returns the input of the MLP."""
-        c, T, n = self.config, x.shape[0], plan.num_tokens
+        c, T, n = self.config, residual.shape[0], plan.num_tokens
         H, K, D, eps = c.num_heads, c.num_kv_heads, c.head_dim, c.rms_norm_eps
-        rotated = torch.empty(T, H, D, dtype=x.dtype, device=x.device)
-        if self.is_fused(residual):
-            ops.norm_qkv(x, layer.input_norm, cast(torch.Tensor, layer.qkv), eps, plan.positions, self.cos_sin, plan.slot_mapping, k_cache, v_cache,
-                         rotated, layer.qkv_bias, layer.q_norm, layer.k_norm, n, self.scratch)
+        rotated = torch.empty(T, H, D, dtype=residual.dtype, device=residual.device)
+        if isinstance(x, ops.Scaled):
+            ops.norm_qkv(x, cast(torch.Tensor, layer.qkv), eps, plan.positions, self.cos_sin, plan.slot_mapping, k_cache, v_cache, rotated,
+                         layer.qkv_bias, layer.q_norm, layer.k_norm, n, self.scratch)
         else:
             q, k, v = product(x, layer.qkv, layer.qkv_bias, n).view(T, H + 2 * K, D).split([H, K, K], dim=1)
             ops.rotary_kv_write(q, k, v, plan.positions, self.cos_sin, plan.slot_mapping, k_cache, v_cache, rotated,
@@ -75,18 +80,30 @@ class Llama:
         ops.attention_out(rotated, k_cache, v_cache, block_table, plan.work, workspace, attended)
         return self.add(attended.view(T, H * D), layer.o, layer.o_bias, residual, layer.post_norm, n)
 
-    def feed_forward(self, x: torch.Tensor, residual: torch.Tensor, layer: LayerWeights, next_norm: torch.Tensor, n: torch.Tensor) -> torch.Tensor:
+    def feed_forward(self, x: torch.Tensor | ops.Scaled, residual: torch.Tensor, layer: LayerWeights, next_norm: torch.Tensor,
+                     n: torch.Tensor) -> torch.Tensor | ops.Scaled:
         """Adds the MLP to the residual and returns the input of the next layer."""
-        if self.is_fused(residual):
-            gated = ops.norm_gate_up(x, layer.post_norm, layer.gate_up, self.config.rms_norm_eps, layer.gate_up_bias, n)
+        if isinstance(x, ops.Scaled):
+            gated = ops.norm_gate_up(x, cast(torch.Tensor, layer.gate_up), self.config.rms_norm_eps, layer.gate_up_bias, n)
         else:
             gated = ops.silu_and_mul(product(x, layer.gate_up, layer.gate_up_bias, n), n)
         return self.add(gated, layer.down, layer.down_bias, residual, next_norm, n)
 
     def add(self, x: torch.Tensor, weight: torch.Tensor | Quantized, bias: torch.Tensor | None, residual: torch.Tensor, norm: torch.Tensor,
-            n: torch.Tensor) -> torch.Tensor:
+            n: torch.Tensor) -> torch.Tensor | ops.Scaled:
         """residual += x @ weight.T + bias; returns what the next node reads."""
-        if self.is_fused(residual):
-            ops.linear_residual(x, cast(torch.Tensor, weight), residual, bias, n, self.scratch)
-            return residual
-        return ops.add_rmsnorm(product(x, weight, bias, n), residual, norm, self.config.rms_norm_eps, n)
+        if not self.is_fused(residual):
+            return ops.add_rmsnorm(product(x, weight, bias, n), residual, norm, self.config.rms_norm_eps, n)
+        scaled = self.scaled(residual)
+        ops.linear_residual(x, cast(torch.Tensor, weight), residual, bias, n, self.scratch, norm, scaled)
+        return scaled
+
+    def head(self, x: torch.Tensor | ops.Scaled, index: torch.Tensor | None) -> torch.Tensor:
+        """The logits of the rows of `index`, zeros for those of -1; None: of all rows."""
+        rows, w = (x.x if isinstance(x, ops.Scaled) else x) if index is None else index, self.weights
+        logits = torch.empty(rows.shape[0], self.config.vocab_size, dtype=torch.float32, device=rows.device)
+        if isinstance(x, ops.Scaled):
+            ops.norm_linear_out(x, w.lm_head, self.config.rms_norm_eps, logits, index=index)
+        else:
+            ops.linear_out(x if index is None else ops.embedding(index, x, padding_index=-1), w.lm_head, logits)
+        return logits

@@ -9,6 +9,7 @@ import time
 
 import torch
 
+from bench import harness, timeline
 from bench.harness import record, timed_graph, wanted
 from gkernels.graph import Buckets, GraphRunner
 from gkernels.model.cache import PagedCache
@@ -19,17 +20,17 @@ from gkernels.model.step import Row, Step
 
 PAGE, ROOM = 16, 128                     # tokens a page; tokens beyond the context
 LEAST_GAIN = 5                           # what one graph must gain over launching its kernels one by one, for llama-3.2-1b 1x1024
-PROVIDERS = ("gkernels", "fused", "eager", "transformers-static")
+PROVIDERS = ("gkernels", "eager", "transformers-static")
 CASES = [("llama-3.2-1b", 1, 1024), ("llama-3.2-1b", 16, 1024), ("llama-3.2-1b", 64, 1024), ("llama-3.1-8b", 1, 1024)]
 
 
-def decode_step(weights, config, batch, context, fused=False):
+def decode_step(weights, config, batch, context):
     """A Step staged with `batch` requests of one new token after `context` - 1 others, on pages in random order."""
     pages_each = -(-(context + ROOM) // PAGE)
     cache = PagedCache.allocate(config.num_layers, batch * pages_each + 1, PAGE, config.num_kv_heads, config.head_dim, torch.bfloat16, "cuda")
     cache.keys.normal_()
     cache.values.normal_()
-    step = Step(Llama.build(config, weights, context + ROOM, fused), cache, batch, batch, context + ROOM)
+    step = Step(Llama.build(config, weights, context + ROOM), cache, batch, batch, context + ROOM)
     order = (torch.randperm(batch * pages_each, generator=torch.Generator().manual_seed(0)) + 1).tolist()
     step.stage([Row([17 + i], context, order[i * pages_each:(i + 1) * pages_each]) for i in range(batch)])
     return step
@@ -88,21 +89,24 @@ def main(cases=CASES, peers=True):
             continue
         config = LlamaConfig.from_dict(PRESETS[name])
         weights = random_weights(config, "cuda", torch.bfloat16)
-        moved, us = bytes_of(weights, config, batch, context), {}
-        for provider in [name for name in ("gkernels", "fused") if name in asked]:
-            step = decode_step(weights, config, batch, context, provider == "fused")
+        moved = bytes_of(weights, config, batch, context)
+        if "gkernels" in asked:
+            step = decode_step(weights, config, batch, context)
             runner = GraphRunner(step, Buckets([batch]), "cuda")
             runner.capture(progress=False)
-            us[provider] = timed_graph(lambda step=step, batch=batch: step(batch))
-            record(bench="decode_step", case=case, provider=provider, us=us[provider], tbs=round(moved / us[provider] / 1e6, 3),
-                   nodes=runner.graphs[batch].nodes, floor_us=round(moved / 4.44e6, 1))
+            ours = timed_graph(lambda step=step, batch=batch: step(batch))
+            record(bench="decode_step", case=case, provider="gkernels", us=ours, tbs=round(moved / ours / 1e6, 3),
+                   nodes=runner.graphs[batch].nodes, **harness.floor_us(moved))
+            if harness.TRACE:
+                file = harness.results_file(f"decode_step_{case.replace(' ', '_')}.svg")
+                timeline.show(f"{harness.device()}: {case}", lambda runner=runner, batch=batch: runner.replay(batch), file)
             del step, runner
         if "eager" in asked:
             step = decode_step(weights, config, batch, context)
             eager = eager_us(lambda step=step, batch=batch: step(batch))
             record(bench="decode_step", case=case, provider="eager", us=eager)
             del step
-            gains |= {case: eager / us["gkernels"]} if "gkernels" in us else {}
+            gains |= {case: eager / ours} if "gkernels" in asked else {}
         if peers and "transformers-static" in asked:
             try:
                 peer = transformers_us(PRESETS[name], weights, config, batch, context)
