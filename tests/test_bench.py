@@ -415,7 +415,7 @@ NODES = [timeline.Node("a", 0.0, 4.0), timeline.Node("b", 5.0, 9.0), timeline.No
 def test_shares_add_up_to_the_step():
     """Nodes that overlap count for what they end later; a gap counts for the node after it."""
     assert timeline.shares(NODES) == [timeline.Share("a", 2, 7.0, 0.0), timeline.Share("b", 1, 5.0, 1.0), timeline.Share("c<", 1, 0.5, 0.0)]
-    kernel, *lines, step = (line.split() for line in timeline.table(NODES).splitlines())
+    _, *lines, step = (line.split() for line in timeline.table(NODES).splitlines())
     assert lines[0] == ["a", "2", "7.0", "3.50", "0.0"] and step == ["the", "step", "4", "12.5", "1.0"] and len(lines) == 3
 
 

@@ -131,7 +131,7 @@ def _block(T, K, dtype, splits, BLOCK_N, TILES):
     """(BLOCK_M, BLOCK_K, SPLITS, num_warps, num_stages)"""
     half, arch = dtype != torch.float32, capability()
     hopper = half and arch // 10 == 9
-    widest = 64 if half else 32
+    widest = 64 if half and arch != 100 else 32     # sm_100 spills beside 64 rows' squares
     BLOCK_M = max(min(triton.next_power_of_2(T), widest if BLOCK_N <= 64 else widest // 2), 16)
     # Tiles of 128 x 128 spill but on Hopper, which reads them from shared memory
     BLOCK_K = next((b for b in (128, 64) if K % b == 0 and half and (b * BLOCK_N <= 8192 or hopper)), 32 if half or BLOCK_N < 128 else 16)
