@@ -51,11 +51,23 @@ def report(launch):
 
 def early_accesses(ptx):
     """What a kernel that may start before the node ahead ends does too early: accesses of memory before griddepcontrol.wait, and a wait that
-    does not stand in the entry block, so that a path may miss it. A prefetch brings nothing into the program."""
-    entry, wait, _ = ptx.partition("griddepcontrol.wait")
+    does not stand in the entry block, so that a path may miss it. A prefetch brings nothing into the program; nor does a load past the L1 of which
+    nothing is used after the wait."""
+    entry, wait, rest = ptx.partition("griddepcontrol.wait")
     branches = re.findall(r"^\s*(?:@!?%p\d+ )?(?:bra|ret|exit)\b.*|^\$L__BB\w+:", entry.partition("{")[2], re.MULTILINE)
     accesses = re.findall(r"\b(?:ld|st|atom|red|cp\.async|cp\.reduce)\.[\w.:]*global[\w.:]*", entry)
-    return (accesses + [line.strip() for line in branches]) if wait else ["no griddepcontrol.wait"]
+    early = [access for access in accesses if not access.startswith("ld.global.cg.")]
+    early += [f"{register}, a hint that is used after," for register in sorted(hinted(entry) & set(re.findall(r"%\w+", rest)))]
+    return (early + [line.strip() for line in branches]) if wait else ["no griddepcontrol.wait"]
+
+
+def hinted(block):
+    """Registers of a block without branches that depend on its loads past the L1."""
+    found = set()
+    for predicate, op, to, sources in re.findall(r"(?:@!?(%p\d+)\s+)?([\w.:]+)\s+(\{[^{};]*\}|%\w+)\s*,([^;]*);", block):
+        if op.startswith("ld.global.cg.") or found & {predicate, *re.findall(r"%\w+", sources)}:
+            found.update(re.findall(r"%\w+", to))
+    return found
 
 
 def cuda_report(asm):

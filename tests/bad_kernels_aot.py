@@ -65,6 +65,12 @@ def _early_kernel(x_ptr, MODE: tl.constexpr):
     early = 1.0
     if MODE == "load":
         early = tl.load(x)
+    if MODE == "hint" or MODE == "unused":
+        hint = tl.load(x, cache_modifier=".cg")
+        line = (x + hint.to(tl.int32)).to(tl.int64)
+        tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [line], dtype=tl.int32, is_pure=False, pack=1)
+        if MODE == "hint":
+            early = hint
     if MODE == "branch":
         if tl.program_id(0) > 0:
             cuda.gdc_wait()
@@ -115,5 +121,5 @@ def all_calls(device, dtypes=(torch.float32,)):
         yield "spilling", scale, (x,)
         yield "shared", square, (x,)
         yield "dropped", product, (x[:8192].view(4, 2048), torch.zeros(64, 2048, dtype=dtype, device=device), torch.zeros(4, 64, device=device))
-        for mode in ("good", "load", "branch", "none"):
+        for mode in ("good", "load", "hint", "unused", "branch", "none"):
             yield f"overlap {mode}", overlap, (x, mode)

@@ -134,7 +134,8 @@ def assert_waits(rows):
 
 def test_overlapping_nodes_wait_first(report):
     rows = [row for row in report["kernels"] if "early" in row]
-    assert {row["kernel"] for row in rows if row["target"] == "sm_90"} == {"_linear_kernel", "_norm_gate_up_kernel", "_norm_qkv_kernel"}
+    kernels = {"_attention_kernel", "_linear_kernel", "_norm_gate_up_kernel", "_norm_qkv_kernel"}
+    assert {row["kernel"] for row in rows if row["target"] == "sm_90"} == kernels
     assert not [row for row in rows if row["target"] in ("sm_80", "gfx942")]
     assert_waits(rows)
 
@@ -168,9 +169,10 @@ def test_shared_memory_is_caught(bad_report):
     assert_fits(case(bad_report, "spilling"))
 
 
-@pytest.mark.parametrize("mode, words", [("load", r"ld\.global\S*"), ("branch", ".*bra.*"), ("none", "no griddepcontrol.wait")])
+@pytest.mark.parametrize("mode, words", [("load", r"ld\.global\S*"), ("hint", r"%\w+, a hint that is used after,"), ("branch", ".*bra.*"),
+                                         ("none", "no griddepcontrol.wait")])
 def test_control_a_node_that_does_not_wait_is_caught(bad_report, mode, words):
-    assert_waits(case(bad_report, "overlap good"))
+    assert_waits(case(bad_report, "overlap good") + case(bad_report, "overlap unused"))
     with pytest.raises(AssertionError, match=rf"overlap {mode} _early_kernel: {words} before griddepcontrol.wait"):
         assert_waits(case(bad_report, f"overlap {mode}"))
 

@@ -168,7 +168,7 @@ WORK_CHANGES = {
 }
 work_changes = pytest.mark.parametrize("change", WORK_CHANGES.values(), ids=WORK_CHANGES.keys())
 BROKEN = Batch([1, 9, 3, 7], [60, 30, 45, 0], 4, pads=2, spare_requests=1)            # short, tall, short, tall
-BROKEN_CUT = tiling(tall_slots=16)                                                    # as many as the spans of both tall ones
+BROKEN_CUT = tiling(programs=8, tall_slots=16)                                        # several runs; as many slots as the spans of both tall ones
 
 
 @pytest.mark.parametrize("programs", [1, 7, 20])

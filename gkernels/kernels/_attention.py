@@ -5,7 +5,9 @@ Arguments travel as three tuples: `inputs` and `strides` in the order of the ker
 
 import triton
 import triton.language as tl
+from triton.language.extra import cuda
 
+from ._attention_ahead import ask_ahead
 from ._attention_short import take_run
 from ._attention_tall import take_tall
 from ._attention_tile import count_in
@@ -60,6 +62,11 @@ def _attention_kernel(
     strides = (stride_qt, stride_qh, stride_kn, stride_kp, stride_kh, stride_vn, stride_vp, stride_vh, stride_br, stride_ot, stride_oh, stride_lt,
                stride_ar, stride_ks, stride_vs)
     extents = (T, R, W, N, left, right)
+    if C.AHEAD:
+        cuda.gdc_launch_dependents()
+        if not C.HAS_TALL:                                                        # beside tall tiles it gains nothing, and 16 bytes more spill
+            ask_ahead(tl.program_id(0), runs_at, inputs, strides, extents, C)
+        cuda.gdc_wait()
     if C.HAS_TALL:
         num_items = tl.load(work_ptr) * C.K
         ticket = num_items

@@ -167,11 +167,12 @@ def _settle(group, begin, end, run_length, first_token, query_len, kv_len, first
             if count_in(counters_ptr + 4 + owner, mine, span_end - span_begin):
                 for row in range(0, rows):
                     m, l, acc = empty_state(GROUP, C)
-                    for j in tl.range(0, C.SPAN, loop_unroll_factor=8):
-                        slot = _segment_slot(span_begin + j, span_begin, run_length, C)
-                        m_next, l_next, acc_next = get_state(states_ptr + slot.to(tl.int64) * C.SHORT_STATE, row * GROUP, span_begin + j < span_end,
-                                                             GROUP, C.SHORT_M, C)
-                        m, l, acc = fold(m, l, acc, m_next, l_next, acc_next)
+                    for base in range(span_begin, span_end, 8):
+                        for x in tl.static_range(8):                               # loads in batches, as many as there are states
+                            slot = _segment_slot(base + x, span_begin, run_length, C)
+                            m_next, l_next, acc_next = get_state(states_ptr + slot.to(tl.int64) * C.SHORT_STATE, row * GROUP, base + x < span_end,
+                                                                 GROUP, C.SHORT_M, C)
+                            m, l, acc = fold(m, l, acc, m_next, l_next, acc_next)
                     if span_end - span_begin == num_segments:
                         token, head, live = rows_of(row0 + row, query_len, first_token, kv_head, GROUP, C)
                         finish(m, l, acc, poisoned, token, head, live, kv_head, inputs, strides, C)

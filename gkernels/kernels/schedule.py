@@ -28,8 +28,7 @@ from . import _check
 BAD_LENGTH, BAD_PAGE = 1, 2   # bits of status; sampling adds its own
 MAX_R = 4096                  # every program holds one vector of all requests
 RECORD = 16                   # int32 a record, 64 bytes
-RUN_SEGMENTS = 32             # partial states of segments that a run may leave: of the span that it begins in, and of the one that it ends in
-RUN_SPANS = 16                # and of whole spans
+RUN_SPANS = 16                # states of whole spans that a run may leave
 
 
 @triton.jit
@@ -93,13 +92,15 @@ def _schedule_kernel(
     total, num_tall = tl.sum(ordinals), tl.sum(items)
     # A segment of a short request takes a program about as long as one of a tall tile: 22 us where all stream, 8 where few do, against 11. So
     # short requests get that share of the programs, for memory and tensor cores to work side by side; the others end with what is left of the runs.
+    # Where most is short, memory decides the end, and one run each leaves the fewest ends to fold; else runs come in whole rounds of those programs.
     streams, shares = 0, num_runs
     if HAS_TALL:
         programs = num_runs // 2
         in_sight = tl.maximum(lens - query_lens // 2, 1)                           # keys, of a row in the middle
         tall_segments = tl.sum((tiles * (tl.cdiv(in_sight, SEGMENT) - first_segment)).to(tl.int64)) * K
         streams = (total.to(tl.int64) * programs // tl.maximum(total + tall_segments, 1)).to(tl.int32)
-        shares = tl.where(num_tall > 0, num_runs // tl.maximum(streams, 1) * tl.maximum(streams, 1), programs)
+        rounds = tl.where(total > tall_segments, 1, num_runs // tl.maximum(streams, 1))
+        shares = tl.where(num_tall > 0, rounds * tl.maximum(streams, 1), programs)
     run = tl.maximum(tl.cdiv(total, shares), 1)
     exact = run
     for align in tl.static_range(4):                                               # aligned runs cut fewer spans; at most a fifteenth longer
