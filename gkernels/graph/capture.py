@@ -42,7 +42,8 @@ class GraphRunner:
     The runner stores no input buffers and frees none. A step that calls an op marked `eager` needs a PiecewiseRunner.
 
     With `share`, buckets whose graphs have the same nodes and edges take turns in one executable, which a replay updates where another bucket's came
-    before it: less memory, more of the host's time (bench/NOTES.md has both). That needs cuda.bindings."""
+    before it: less memory, more of the host's time. That needs cuda.bindings, and a step that draws no numbers from torch's generators, whose state
+    torch's own replay alone advances."""
 
     WARM_UPS = 2   # the first call compiles and loads kernels, the second runs as the capture will
     BREAKABLE = False

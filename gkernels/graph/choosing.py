@@ -15,7 +15,9 @@ class ChoosingRunner(GraphRunner):
     """A GraphRunner for a number of live tokens that the device knows and the host may not: a launch reads it and runs the least bucket for it.
 
     `live` is that number, int32 [1] on the device. `taken`, int32 [1], is the bucket of the last launch; 0 where none covers `live`: nothing runs
-    then. Where `why` says that no graph can choose, and on a machine without CUDA, Python does: same results, but on CUDA it waits for the device."""
+    then. The step may draw no numbers from torch's generators, whose state no such launch advances.
+
+    Where `why` says that no graph can choose, and on a machine without CUDA, Python does: same results, but on CUDA it waits for the device."""
 
     def __init__(self, step: Callable[[int], object], live: torch.Tensor, buckets: Buckets, device: torch.device | str,
                  checks: tuple[Callable[[], None], ...] = ()):
