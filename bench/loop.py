@@ -1,4 +1,4 @@
-"""256 decode steps of Llama-3.2-1B with random bf16 weights: one replay each, bursts of 8, and one launch of a loop.
+"""256 decode steps of Llama-3.2-1B with random bf16 weights: one replay each, bursts of 8, and one launch of a loop, of 1, 2 and 4 steps a turn.
 
 us is a step's time on the device, launches queued one behind the other; host_us is the processor time a step where the host reads the tokens
 after each launch, as the engine does. After a single step it spins until the tokens are there, after many it sleeps.
@@ -17,7 +17,8 @@ from gkernels.model.step import Row, Step
 
 CONTEXT, STEPS, BURST, PAGE = 128, 256, 8, 16
 CASES = [("llama-3.2-1b", 1), ("llama-3.2-1b", 16)]
-PROVIDERS = ("replay", f"burst{BURST}", "loop")
+TURNS = (1, 2, 4)
+PROVIDERS = ("replay", f"burst{BURST}", "loop", *(f"loop{n}" for n in TURNS[1:]))
 
 
 def decoding(config, weights, batch):
@@ -34,8 +35,9 @@ def decoding(config, weights, batch):
 def runners(step, batch):
     """By provider: what runs many steps, and how many of its launches make STEPS."""
     buckets, b = Buckets([batch]), step.buffers
-    made = GraphRunner(step, buckets, "cuda"), Burst(step, BURST, buckets, "cuda"), Loop(step, b["turns"], b["running"], buckets, "cuda")
-    return dict(zip(PROVIDERS, zip(made, (STEPS, STEPS // BURST, 1), strict=True), strict=True))
+    loops = [Loop(step, b["turns"], b["running"], buckets, "cuda", steps=n) for n in TURNS]
+    made = GraphRunner(step, buckets, "cuda"), Burst(step, BURST, buckets, "cuda"), *loops
+    return dict(zip(PROVIDERS, zip(made, (STEPS, STEPS // BURST, *[1] * len(TURNS)), strict=True), strict=True))
 
 
 def measure(case, config, batch, asked):

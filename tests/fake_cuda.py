@@ -2,17 +2,21 @@
 
 As on a GPU, what is called while a graph captures is noted and not computed (its results hold NaN or junk until a replay), reading a tensor
 on the host spoils the capture, a failed capture keeps its pool, and a pool's memory is freed when no graph holds it and the cache is emptied.
-WHILE nodes there are. Torch's operators on CPU tensors and interpreted Triton kernels stand for kernels.
+Torch's operators on CPU tensors and interpreted Triton kernels stand for kernels. `Driver` stands for cuda.bindings', as far as graphs are made
+through it: conditional nodes, child graphs, executables and their updates.
 """
 
+import ctypes
 import functools
+import sys
 from contextlib import contextmanager
+from types import ModuleType, SimpleNamespace
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.interpreter import GridExecutor
 
-from gkernels.graph import loop, segments
+from gkernels.graph import conditional, segments
 from gkernels.graph.memory import fill_with_junk, tensors_in
 
 
@@ -33,6 +37,7 @@ class FakeCuda:
     def __init__(self):
         self.pools, self.capturing, self.streams = {}, None, [Stream(self)]
         self.events, self.fail_at, self.spoils = 0, None, False
+        self.driver = Driver(self)
 
     def event(self):
         self.events += 1
@@ -59,8 +64,12 @@ class FakeCuda:
             monkeypatch.setattr(torch.cuda, name, here)
         monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", self.end_allocate)
         monkeypatch.setattr(torch._C, "_cuda_releasePool", self.release_pool)
-        monkeypatch.setattr(loop, "unavailable", lambda: "")
-        monkeypatch.setattr(loop, "WhileLoop", functools.partial(WhileLoop, self))
+        package = ModuleType("cuda.bindings")
+        package.driver, package.nvrtc = self.driver, SimpleNamespace(nvrtcVersion=lambda: (0, 13, 0))
+        monkeypatch.setitem(sys.modules, "cuda", ModuleType("cuda"))
+        monkeypatch.setitem(sys.modules, "cuda.bindings", package)
+        monkeypatch.setattr(conditional, "require_device", lambda what, **tensors: None)
+        monkeypatch.setattr(conditional, "function", lambda device, name: name)
         monkeypatch.setattr(segments, "count_nodes", lambda graph: len(graph.tape))
         monkeypatch.setattr(GridExecutor, "__call__", noted_launch)
         return self
@@ -72,7 +81,8 @@ class FakeCuda:
     @property
     def idle(self):
         """Nothing is left of a capture."""
-        return self.capturing is None and len(self.streams) == 1 and not any(pool.receives for pool in self.pools.values())
+        return (self.capturing is None and len(self.streams) == 1 and not any(pool.receives for pool in self.pools.values()) and
+                not self.driver.graphs)
 
     @contextmanager
     def stream(self, stream):
@@ -108,6 +118,8 @@ class FakeCuda:
 
 
 class Stream:
+    cuda_stream = 0
+
     def __init__(self, cuda):
         self.cuda = cuda
 
@@ -148,25 +160,131 @@ class Graph:
         for call in self.tape:
             call()
 
+    def raw_cuda_graph(self):
+        assert self.ended
+        self.cuda.driver.captured[id(self)] = self
+        return id(self)
+
     def reset(self):
         if self.ended:
             self.pool.graphs -= 1
         self.ended = self.ready = False
 
 
-class WhileLoop:
-    """A kept graph in a WHILE node."""
+class Driver:
+    """cuda.bindings.driver. Every call is an event. A graph is a list of nodes, each behind the one before; its address is a number."""
 
-    def __init__(self, cuda, body, left, running):
-        cuda.event()
-        self.body, self.left, self.running = body, left, running
+    CUresult = SimpleNamespace(CUDA_ERROR_GRAPH_EXEC_UPDATE_FAILURE=910)
+    CUgraphNodeType = SimpleNamespace(CU_GRAPH_NODE_TYPE_CONDITIONAL="conditional")
+    CUgraphConditionalNodeType = SimpleNamespace(CU_GRAPH_COND_TYPE_WHILE="while", CU_GRAPH_COND_TYPE_SWITCH="switch")
+    CUDA_KERNEL_NODE_PARAMS = SimpleNamespace
 
-    def __call__(self):
-        assert self.body.ended and not self.body.ready and not self.body.cuda.capturing
-        while self.left > 0 and self.running > 0:
-            for call in self.body.tape:
-                call()
-            self.left -= 1
+    def __init__(self, cuda):
+        self.cuda, self.graphs, self.captured, self.executables, self.conditions, self.updates = cuda, {}, {}, {}, {}, 0
+        self.bodies, self.torn, self.made = {}, set(), 0
+
+    def new(self, table, value):
+        self.cuda.event()
+        self.made += 1
+        table[self.made] = value
+        return self.made
+
+    def CUgraph(self, init_value):
+        return init_value
+
+    def CUgraphNodeParams(self):
+        return SimpleNamespace(conditional=SimpleNamespace())
+
+    def cuDriverGetVersion(self):
+        return 0, 13000
+
+    def cuCtxGetCurrent(self):
+        return 0, 1
+
+    def cuGraphCreate(self, flags):
+        return 0, self.new(self.graphs, [])
+
+    def cuGraphDestroy(self, graph):
+        del self.graphs[graph]
+        return (0,)
+
+    def add(self, graph, after, count, call):
+        self.cuda.event()
+        nodes = self.graphs[graph] if graph in self.graphs else self.bodies[graph]
+        assert (after or []) == [len(nodes)] * bool(nodes) and count == bool(nodes), "behind the last node, and that alone"
+        nodes.append(call)
+        return 0, len(nodes)
+
+    def cuGraphConditionalHandleCreate(self, graph, context, value, flags):
+        assert graph in self.graphs and (value, flags) == (0, 1)
+        return 0, self.new(self.conditions, value)
+
+    def cuGraphAddKernelNode(self, graph, after, count, node):
+        values, types = node.kernelParams
+        assert len(values) == len(types) and (node.gridDimX, node.gridDimY, node.gridDimZ, node.blockDimY, node.blockDimZ) == (1,) * 5
+        return self.add(graph, after, count, functools.partial(getattr(self, node.func.decode()), node.blockDimX, *values))
+
+    def cuGraphAddChildGraphNode(self, graph, after, count, child):
+        assert child in self.captured, "a captured graph"
+        return self.add(graph, after, count, functools.partial(self.play, list(self.captured[child].tape)))
+
+    def cuGraphAddNode(self, graph, after, data, count, params):
+        assert params.type == "conditional" and data is None and graph in self.graphs
+        node = params.conditional
+        made = [self.new(self.bodies, []) for _ in range(node.size)]
+        node.phGraph_out = made
+        assert node.type == "switch" or node.size == 1
+        return self.add(graph, after, count, functools.partial(self.decide, node.type, node.handle, [self.bodies[body] for body in made]))
+
+    def decide(self, kind, handle, bodies):
+        while kind == "while" and self.conditions[handle]:
+            self.play(bodies[0])
+        if kind == "switch" and self.conditions[handle] < len(bodies):
+            self.play(bodies[self.conditions[handle]])
+
+    def play(self, calls):
+        for call in calls:
+            call()
+
+    def go_on(self, threads, handle, left, running, done, steps):
+        left, running = (ctypes.c_int32.from_address(address) for address in (left, running))
+        left.value -= done
+        self.conditions[handle] = int(left.value >= steps and running.value > 0)
+
+    def choose(self, threads, handle, live, sizes, count, taken):
+        assert threads == count
+        n, sizes = ctypes.c_int32.from_address(live).value, (ctypes.c_int32 * count).from_address(sizes)
+        first = sum(size < n for size in sizes)
+        covered = n > 0 and first < count
+        ctypes.c_int32.from_address(taken).value = sizes[first] if covered else 0
+        self.conditions[handle] = first if covered else count
+
+    def cuGraphInstantiate(self, graph, flags):
+        return 0, self.new(self.executables, list(self.nodes(graph)))
+
+    def nodes(self, graph):
+        return self.captured[graph].tape if graph in self.captured else self.graphs[graph]
+
+    def cuGraphExecUpdate(self, executable, graph):
+        """Nodes are alike where the same operator stands in the same place."""
+        self.cuda.event()
+        kind = lambda call: call.args[1] if call.func is again else call.func
+        old, new = self.executables[executable], self.nodes(graph)
+        if list(map(kind, old)) != list(map(kind, new)):
+            self.torn.add(executable)
+            return 910, None
+        self.executables[executable], self.updates = list(new), self.updates + 1
+        self.torn.discard(executable)
+        return 0, None
+
+    def cuGraphExecDestroy(self, executable):
+        del self.executables[executable]
+        return (0,)
+
+    def cuGraphLaunch(self, executable, stream):
+        assert not self.cuda.capturing and executable not in self.torn
+        self.play(self.executables[executable])
+        return (0,)
 
 
 class Tape(TorchDispatchMode):

@@ -55,28 +55,30 @@ class Rows:
         self.running.fill_(sum(n > 0 for n in todo))
 
 
-def loop_of(rows, device, kind=Loop):
-    return kind(rows, rows.left, rows.running, Buckets([1, 4]), device)
+def loop_of(rows, device, kind=Loop, steps=1):
+    return kind(rows, rows.left, rows.running, Buckets([1, 4]), device, steps=steps)
 
 
 def check_turns(loop, rows, todo, limit):
-    """As many turns as the longest row needs, or as the limit allows; every row as far as it is to go, and no further."""
+    """As many calls as the longest row needs, or as the limit allows, and up to steps - 1 more within the limit; every row as far as it is to go, and
+    no further, however many calls a turn makes."""
     rows.stage(todo, limit)
     loop.run(len(todo))
-    turns = min(limit, max(todo))
-    assert (int(rows.turns), int(rows.left), int(rows.running)) == (turns, limit - turns, sum(n > turns for n in todo)), "another number of turns"
-    squares = lambda n: sum((n - i) ** 2 for i in range(min(n, turns)))
+    needed = min(limit, max(todo))
+    calls = min(limit, -(-needed // loop.steps) * loop.steps) if needed <= limit // loop.steps * loop.steps else needed
+    assert (int(rows.turns), int(rows.left), int(rows.running)) == (calls, limit - calls, sum(n > needed for n in todo)), "another number of turns"
+    squares = lambda n: sum((n - i) ** 2 for i in range(min(n, needed)))
     assert rows.sums.tolist() == [*map(squares, todo), *[0] * (4 - len(todo))], "another row"
 
 
-todos, limits = st.lists(st.integers(0, 9), min_size=1, max_size=4), st.integers(0, 12)
+todos, limits, turn_steps = st.lists(st.integers(0, 9), min_size=1, max_size=4), st.integers(0, 12), st.integers(1, 4)
 
 
-@given(todos, todos, limits)
-def test_turns_end_with_the_rows_or_at_the_limit(device, first, todo, limit):
+@given(todos, todos, limits, turn_steps)
+def test_turns_end_with_the_rows_or_at_the_limit(device, first, todo, limit, steps):
     """On a GPU, of a graph that was captured while other rows were staged."""
     rows = Rows(device)
-    loop = loop_of(rows, device)
+    loop = loop_of(rows, device, steps=steps)
     rows.stage(first, 3)
     loop.capture(progress=False)
     check_turns(loop, rows, todo, limit)
@@ -119,27 +121,48 @@ def test_a_step_that_does_not_advance_is_caught_and_ends_at_the_limit(device, ki
     assert int(rows.turns) == limit and int(rows.left) == 0
 
 
-@pytest.mark.parametrize("source, holds, todo, limit", [(b"*left > 0", lambda loop: loop.left > 0, [2], 5),
-                                                        (b"*running > 0", lambda loop: loop.running > 0, [5], 2)], ids=["left", "running"])
-def test_a_condition_that_forgets_a_half_is_caught(device, monkeypatch, source, holds, todo, limit):
+@pytest.mark.parametrize("source, holds, todo, limit, steps", [
+    (b"*left >= steps", lambda loop: loop.left > 0, [2], 5, 1), (b"*running > 0 && *left > -9", lambda loop: loop.running > 0, [5], 2, 1),
+    (b"*left > 0 && *running > 0", lambda loop: loop.left > 0 and loop.running > 0, [9], 3, 2)], ids=["left", "running", "past the limit"])
+def test_a_condition_that_forgets_a_part_is_caught(device, monkeypatch, source, holds, todo, limit, steps):
     class Broken(Loop):
         def call(self, bucket):
             while holds(self):
-                self.step(bucket)
-                self.left -= 1
+                for _ in range(steps):
+                    self.step(bucket)
+                self.left -= steps
 
-    whole = b"*left > 0 && *running > 0"
+    whole = b"*left >= steps && *running > 0"
     assert whole in conditional.SOURCE
     monkeypatch.setattr(conditional, "SOURCE", conditional.SOURCE.replace(whole, source))
-    conditional.kernel.cache_clear()
+    conditional.module.cache_clear()
     try:
         rows = Rows(device)
-        loop = loop_of(rows, device, Broken)
+        loop = loop_of(rows, device, Broken, steps)
         loop.capture(progress=False)
         with pytest.raises(AssertionError, match="another number of turns"):
             check_turns(loop, rows, todo, limit)
     finally:
-        conditional.kernel.cache_clear()
+        conditional.module.cache_clear()
+
+
+class Restarting(Rows):
+    """Makes something of a call that comes after the last row has ended."""
+
+    def __call__(self, bucket):
+        self.sums[:bucket] += (self.todo.sum() == 0).to(torch.int32)
+        return super().__call__(bucket)
+
+
+@pytest.mark.parametrize("steps, seen", [(1, False), (2, True)])
+def test_a_call_past_the_end_that_does_harm_is_caught(device, steps, seen):
+    rows = Restarting(device)
+    loop = loop_of(rows, device, steps=steps)
+    loop.capture(progress=False)
+    if not seen:
+        return check_turns(loop, rows, [3, 1], 6)
+    with pytest.raises(AssertionError, match="another row"):
+        check_turns(loop, rows, [3, 1], 6)
 
 
 @pytest.fixture
@@ -150,10 +173,10 @@ def cuda(monkeypatch):
 
 
 @on_a_stand_in
-@given(todos, todos, limits)
-def test_turns_of_a_graph(cuda, first, todo, limit):
+@given(todos, todos, limits, turn_steps)
+def test_turns_of_a_graph(cuda, first, todo, limit, steps):
     rows = Rows("cpu")
-    loop = loop_of(rows, "cuda")
+    loop = loop_of(rows, "cuda", steps=steps)
     rows.stage(first, 3)
     loop.capture(progress=False)
     check_turns(loop, rows, todo, limit)
@@ -162,7 +185,7 @@ def test_turns_of_a_graph(cuda, first, todo, limit):
     assert loop.run(4)[:2].tolist() == [2 * (4 + 1), 2 * (25 + 16 + 9)] and (loop.eager_steps, loop.replays) == (0, 2)
     assert loop.path == "WHILE loops on the device (2 buckets)" and cuda.idle
     loop.release()
-    assert cuda.reserved == 0
+    assert cuda.reserved == 0 and not cuda.driver.executables
     check_turns(loop, rows, todo, limit)
 
 
@@ -172,15 +195,15 @@ def test_a_fault_anywhere_leaves_all_usable(cuda, spoils):
     """At every event of a capture, the making of the WHILE node among them."""
     for at in itertools.count():
         rows = Rows("cpu", cuda.event)
-        loop = loop_of(rows, "cuda")
+        loop = loop_of(rows, "cuda", steps=2)
         if not capture_with_a_fault(cuda, loop, at, spoils, collecting=at % 2 == 0):
             break
-        assert cuda.idle and not loop.graphs and cuda.reserved == 0
+        assert cuda.idle and not loop.graphs and cuda.reserved == 0 and not cuda.driver.executables
         check_turns(loop, rows, [4, 1], 3)
         loop.capture(progress=False)
         check_turns(loop, rows, [4, 1], 3)
         loop.release()
-    assert at > 25
+    assert at > 45
 
 
 @pytest.mark.parametrize("bad", [torch.zeros(1, dtype=torch.int64), torch.zeros(2, dtype=torch.int32), torch.zeros((), dtype=torch.int32)])
@@ -190,6 +213,8 @@ def test_bad_counters_are_named(bad):
         Loop(rows, bad, rows.running, Buckets([1]), "cpu")
     with pytest.raises(ValueError, match="Loop: running: got"):
         Loop(rows, rows.left, bad, Buckets([1]), "cpu")
+    with pytest.raises(ValueError, match="Loop: steps: got 0, expected at least 1"):
+        loop_of(rows, "cpu", steps=0)
 
 
 def bindings(monkeypatch, version, nvrtc=lambda: (0, 12, 4)):
@@ -240,17 +265,17 @@ def step():
     return Step(m, cache, PLACES, PLACES, MAX_LEN, DEPTH)
 
 
-def model_loop(step, call=None):
+def model_loop(step, call=None, steps=1):
     b = step.buffers
-    loop = Loop(call or step, b["turns"], b["running"], Buckets([1, PLACES]), step.device, (b.check_addresses,))
+    loop = Loop(call or step, b["turns"], b["running"], Buckets([1, PLACES]), step.device, (b.check_addresses,), steps)
     with eager_memory():
         loop.capture(progress=False)
     return loop
 
 
-@pytest.fixture(scope="module")
-def loop(step):
-    return model_loop(step)
+@pytest.fixture(scope="module", params=[1, 2, 3])
+def loop(step, request):
+    return model_loop(step, steps=request.param)
 
 
 def random_rows(seed):
@@ -283,7 +308,7 @@ def run(step, rows, limit, launch):
 
 
 def one_by_one(step, loop, limit):
-    """Launches what a Loop turns, step by step from the host."""
+    """Launches what a Loop turns, step by step from the host, and none past the end of the last row."""
     def launch(n):
         for _ in range(limit):
             if step.buffers["seq_lens"].any():
@@ -399,7 +424,7 @@ def test_a_launch_waits_once_for_its_tokens(long_step):
 @pytest.mark.parametrize("at", range(5))
 def test_a_failed_capture_leaves_all_usable(step, monkeypatch, at):
     """In the step of the first bucket and of the second, and while either's WHILE node is made."""
-    made, add, calls = 0, conditional.add_go_on, 0
+    made, add, calls = 0, conditional.Nodes.kernel, 0
 
     def failing_add(*arguments):
         nonlocal made
@@ -418,7 +443,7 @@ def test_a_failed_capture_leaves_all_usable(step, monkeypatch, at):
 
     step.plan(PLACES), step.plan(1)
     before = reserved()
-    monkeypatch.setattr(conditional, "add_go_on", failing_add)
+    monkeypatch.setattr(conditional.Nodes, "kernel", failing_add)
     with pytest.raises(RuntimeError, match="planted"):
         model_loop(step, failing)
     monkeypatch.undo()

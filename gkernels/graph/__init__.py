@@ -7,10 +7,11 @@ This package knows tensors and callables; it knows no kernel and no model.
 from .buckets import Buckets
 from .buffers import Field, StaticBuffers
 from .capture import GraphRunner
+from .choosing import ChoosingRunner
 from .frozen import CompiledAfterWarmUp, frozen
 from .loop import Burst, Loop
 from .piecewise import PiecewiseRunner
 from .segments import eager
 
-__all__ = ["Buckets", "Burst", "CompiledAfterWarmUp", "Field", "GraphRunner", "Loop", "PiecewiseRunner", "StaticBuffers",
+__all__ = ["Buckets", "Burst", "ChoosingRunner", "CompiledAfterWarmUp", "Field", "GraphRunner", "Loop", "PiecewiseRunner", "StaticBuffers",
            "eager", "frozen"]

@@ -17,6 +17,7 @@ import torch
 
 from .. import progress as bars
 from .buckets import Buckets
+from .executable import Turns, shared
 from .segments import Segments, borrowed
 
 
@@ -38,14 +39,20 @@ class GraphRunner:
 
     `covers(n)` tells whether a graph exists; `run(n)` replays where it does and calls `step` eagerly, at the capacity n, where it does not.
     `checks` are callables that raise if a static address has changed; they are called before every replay.
-    The runner stores no input buffers and frees none. A step that calls an op marked `eager` needs a PiecewiseRunner."""
+    The runner stores no input buffers and frees none. A step that calls an op marked `eager` needs a PiecewiseRunner.
+
+    With `share`, buckets whose graphs have the same nodes and edges take turns in one executable, which a replay updates where another bucket's came
+    before it: less memory, more of the host's time. That needs cuda.bindings, and a step that draws no numbers from torch's generators, whose state
+    torch's own replay alone advances."""
 
     WARM_UPS = 2   # the first call compiles and loads kernels, the second runs as the capture will
     BREAKABLE = False
 
-    def __init__(self, step: Callable[[int], object], buckets: Buckets, device: torch.device | str, checks: tuple[Callable[[], None], ...] = ()):
-        self.step, self.buckets, self.device, self.checks = step, buckets, torch.device(device), checks
+    def __init__(self, step: Callable[[int], object], buckets: Buckets, device: torch.device | str, checks: tuple[Callable[[], None], ...] = (),
+                 share: bool = False):
+        self.step, self.buckets, self.device, self.checks, self.share = step, buckets, torch.device(device), checks, share
         self.graphs: dict[int, Captured] = {}
+        self.executables: list[Turns] = []             # those that buckets share
         self.replays = self.eager_steps = 0
 
     @property
@@ -72,6 +79,7 @@ class GraphRunner:
             with self.marked():
                 for bucket in bars.progress(sorted(self.buckets, reverse=True), progress, desc="Capturing CUDA graphs", unit="bucket"):
                     self.graphs[bucket] = self._capture_one(bucket, stream, pool)
+            self.finish()
             torch.cuda.current_stream(self.device).wait_stream(stream)
         except BaseException:
             self.release()
@@ -82,6 +90,7 @@ class GraphRunner:
 
     def release(self) -> None:
         """Drops all graphs and gives their memory back to the device; steps run eagerly from now on."""
+        self.executables.clear()
         for captured in self.graphs.values():
             for graph in captured.graphs:
                 graph.reset()
@@ -98,8 +107,13 @@ class GraphRunner:
 
     def playable(self, graph: torch.cuda.CUDAGraph) -> Callable[[], None]:
         """What plays a captured graph on the current stream."""
+        if self.share:
+            return shared(graph, self.device, self.executables)
         graph.instantiate()
         return graph.replay
+
+    def finish(self) -> None:
+        """Once every bucket is captured."""
 
     def call(self, bucket: int) -> object:
         """What a replay of the bucket does, without a graph."""
@@ -148,4 +162,5 @@ class GraphRunner:
         rows = [f"{'tokens':>8} {'seconds':>9} {'MiB':>8} {'nodes':>7} {'graphs':>7}"]
         rows += [f"{c.bucket:>8} {c.seconds:>9.3f} {c.mib:>8.1f} {c.nodes:>7} {len(c.graphs):>7}" for c in self.graphs.values()]
         total = [sum(getattr(c, f) for c in self.graphs.values()) for f in ("seconds", "mib")]
-        return "\n".join(rows + [f"{'all':>8} {total[0]:>9.3f} {total[1]:>8.1f}"]) if self.graphs else f"no graphs: {self.path}"
+        executables = f", which share {len(self.executables)} executables" if self.executables else ""
+        return "\n".join(rows + [f"{'all':>8} {total[0]:>9.3f} {total[1]:>8.1f}{executables}"]) if self.graphs else f"no graphs: {self.path}"

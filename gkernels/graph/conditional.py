@@ -1,105 +1,180 @@
-"""A WHILE node around a captured graph: the device turns it, the host launches once. Made through cuda.bindings, which torch does not bring.
+"""Conditional nodes around captured graphs, made through cuda.bindings, which torch does not bring. The host launches once, the device decides.
 
-    go_on(handle, left, running, 0)
+WhileLoop, of `steps` calls of a body a turn, and where these are more than one, of the turns of one call that are left over:
+
+    go_on(handle, left, running, 0, steps)
     while handle:
-        body
-        go_on(handle, left, running, 1)
+        body, ..., body
+        go_on(handle, left, running, steps, steps)
 
-`go_on` takes what was just done from `left` and asks for another turn while turns are left and rows run, so that a body that forgets to count
-ends too.
+`go_on` takes what was just done from `left` and asks for another turn while there is enough left for one and rows run, so that a body that forgets
+to count ends too. A turn costs 4 us on an H100 beside its kernels, which more steps a turn share.
+
+Switch, of as many bodies as there are sizes:
+
+    choose(handle, live, sizes, count, taken)
+    switch handle: body of the least size that `live` does not exceed
 """
 
 from __future__ import annotations
 
 import ctypes
-import weakref
+from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import lru_cache
 
 import torch
 
+from .executable import Executable, raw
 from .nodes import answered
 
-FIRST_DRIVER = 12040     # WHILE nodes came with CUDA 12.4
+WHILE, SWITCH = "WHILE", "SWITCH"
+FIRST_DRIVER = {WHILE: 12040, SWITCH: 12080}     # came with CUDA 12.4 and 12.8
+MOST_BODIES = 1024                               # a thread of one block for each
 SOURCE = b"""
 typedef unsigned long long Handle;
 extern "C" __device__ void cudaGraphSetConditional(Handle handle, unsigned int value);     // known to the compiler, as printf is
 
-extern "C" __global__ void go_on(Handle handle, int* left, const int* running, int done) {
+extern "C" __global__ void go_on(Handle handle, int* left, const int* running, int done, int steps) {
     *left -= done;
-    cudaGraphSetConditional(handle, *left > 0 && *running > 0);
+    cudaGraphSetConditional(handle, *left >= steps && *running > 0);
+}
+
+extern "C" __global__ void choose(Handle handle, const int* live, const int* sizes, int count, int* taken) {
+    int n = *live, first = __syncthreads_count(sizes[threadIdx.x] < n);     // a thread for each of count sizes, which rise
+    bool covered = n > 0 && first < count;
+    if (threadIdx.x == 0) {
+        *taken = covered ? sizes[first] : 0;
+        cudaGraphSetConditional(handle, covered ? first : count);           // there is no body number count: none runs
+    }
 }
 """
+POINTER, INT = ctypes.c_void_p, ctypes.c_int
+PARAMETERS = {b"go_on": (ctypes.c_ulonglong, POINTER, POINTER, INT, INT), b"choose": (ctypes.c_ulonglong, POINTER, POINTER, INT, POINTER)}
 
 
-def unavailable() -> str:
-    """Why no WHILE node can be made on a CUDA device here, and the mend; "" where one can."""
+def unavailable(kind: str = WHILE) -> str:
+    """Why no WHILE, or SWITCH, node can be made on a CUDA device here, and the mend; "" where one can."""
     try:
         from cuda.bindings import driver, nvrtc
         nvrtc.nvrtcVersion()
     except ImportError:
-        return "WHILE nodes are made through cuda.bindings, which is not installed; pip install 'gkernels[loop]'"
+        return f"{kind} nodes are made through cuda.bindings, which is not installed; pip install 'gkernels[loop]'"
     except RuntimeError as error:
-        return f"WHILE nodes need NVRTC, which cuda.bindings does not find ({error}); pip install nvidia-cuda-nvrtc"
-    version, = answered(driver.cuDriverGetVersion())
-    if version < FIRST_DRIVER:
-        return f"the driver is of CUDA {version // 1000}.{version % 1000 // 10}, WHILE nodes came with 12.4; update it"
+        return f"{kind} nodes need NVRTC, which cuda.bindings does not find ({error}); pip install nvidia-cuda-nvrtc"
+    (version,), first = answered(driver.cuDriverGetVersion()), FIRST_DRIVER[kind]
+    if version < first:
+        return f"the driver is of CUDA {dotted(version)}, {kind} nodes came with {dotted(first)}; update it"
     return ""
 
 
+def dotted(version: int) -> str:
+    return f"{version // 1000}.{version % 1000 // 10}"
+
+
 class WhileLoop:
-    """`body`, a captured graph that is kept, in a WHILE node over `left` and `running`, int32 [1]. A call launches it on the current stream.
+    """`body`, a captured graph that is kept, in WHILE nodes over `left` and `running`, int32 [1]. A call launches it on the current stream.
 
     `body` holds the memory pool of what it captured, and must live as long as this does. RuntimeError where the driver refuses; nothing is left
     behind then, nor with the last reference."""
 
-    def __init__(self, body: torch.cuda.CUDAGraph, left: torch.Tensor, running: torch.Tensor):
-        from cuda.bindings import driver
-        if not (left.is_cuda and running.is_cuda):
-            raise ValueError(f"gkernels.graph.Loop: left, running: got tensors on {left.device} and {running.device}, expected them on the device")
-        self._driver, self._device, owned = driver, left.device, ExitStack()
-        weakref.finalize(self, owned.close)
-        try:
-            graph, = answered(driver.cuGraphCreate(0))
-            owned.callback(driver.cuGraphDestroy, graph)
-            context, = answered(driver.cuCtxGetCurrent())
-            handle, = answered(driver.cuGraphConditionalHandleCreate(graph, context, 0, 1))      # 0 at each launch, until go_on says more
-            arguments = (int(handle), left.data_ptr(), running.data_ptr())
-            before = add_go_on(driver, graph, None, (*arguments, 0))
-            loop = driver.CUgraphNodeParams()
-            loop.type = driver.CUgraphNodeType.CU_GRAPH_NODE_TYPE_CONDITIONAL
-            loop.conditional.handle, loop.conditional.ctx, loop.conditional.size = handle, context, 1
-            loop.conditional.type = driver.CUgraphConditionalNodeType.CU_GRAPH_COND_TYPE_WHILE
-            add_node = getattr(driver, "cuGraphAddNode_v2", driver.cuGraphAddNode)               # its name in cuda-bindings 12
-            answered(add_node(graph, [before], None, 1, loop))
-            inside = loop.conditional.phGraph_out[0]
-            turn, = answered(driver.cuGraphAddChildGraphNode(inside, None, 0, driver.CUgraph(init_value=int(body.raw_cuda_graph()))))
-            add_go_on(driver, inside, turn, (*arguments, 1))
-            self._executable, = answered(driver.cuGraphInstantiate(graph, 0))
-            owned.callback(driver.cuGraphExecDestroy, self._executable)
-        except BaseException:
-            owned.close()
-            raise
+    def __init__(self, body: torch.cuda.CUDAGraph, left: torch.Tensor, running: torch.Tensor, steps: int = 1):
+        require_device("Loop", left=left, running=running)
+        with Nodes() as nodes:
+            at = None
+            for n in dict.fromkeys((steps, 1)):
+                handle = nodes.handle()
+                arguments = (int(handle), left.data_ptr(), running.data_ptr())
+                at, (inside,) = nodes.conditional(nodes.kernel(nodes.graph, at, b"go_on", (*arguments, 0, n)), handle, WHILE, 1)
+                turn = None
+                for _ in range(n):
+                    turn = nodes.child(inside, turn, body)
+                nodes.kernel(inside, turn, b"go_on", (*arguments, n, n))
+            self.launch = Executable(int(nodes.graph), left.device)
 
     def __call__(self) -> None:
-        answered(self._driver.cuGraphLaunch(self._executable, torch.cuda.current_stream(self._device).cuda_stream))
+        self.launch()
 
 
-def add_go_on(driver, graph, after, values):
-    """A node of the kernel behind the node `after`."""
-    node = driver.CUDA_KERNEL_NODE_PARAMS()
-    node.func = kernel(torch.cuda.current_device())
-    node.gridDimX = node.gridDimY = node.gridDimZ = node.blockDimX = node.blockDimY = node.blockDimZ = 1
-    node.kernelParams = values, (ctypes.c_ulonglong, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int)
-    added, = answered(driver.cuGraphAddKernelNode(graph, [after] if after else None, 1 if after else 0, node))
-    return added
+class Switch:
+    """`bodies`, captured graphs that are kept, in a SWITCH node: a call launches, on the current stream, the one of the least of `sizes`, which rise,
+    that `live` does not exceed, and none where there is none or `live` is below 1. All int32 on the device: live [1], sizes [bodies], and
+    taken [1], which the launch sets to that size, or to 0. Lifetime and errors as WhileLoop's."""
+
+    def __init__(self, bodies: Sequence[torch.cuda.CUDAGraph], live: torch.Tensor, sizes: torch.Tensor, taken: torch.Tensor):
+        require_device("ChoosingRunner", live=live, sizes=sizes, taken=taken)
+        self._sizes, count = sizes, len(bodies)               # read at every launch
+        if not count <= MOST_BODIES:
+            raise ValueError(f"gkernels.graph.ChoosingRunner: buckets: got {count}, expected at most {MOST_BODIES}")
+        with Nodes() as nodes:
+            handle = nodes.handle()
+            values = (int(handle), live.data_ptr(), sizes.data_ptr(), count, taken.data_ptr())
+            _, insides = nodes.conditional(nodes.kernel(nodes.graph, None, b"choose", values, threads=count), handle, SWITCH, count)
+            for inside, body in zip(insides, bodies, strict=True):
+                nodes.child(inside, None, body)
+            self.launch = Executable(int(nodes.graph), live.device)
+
+    def __call__(self) -> None:
+        self.launch()
+
+
+def require_device(what: str, **tensors: torch.Tensor) -> None:
+    if not all(t.is_cuda for t in tensors.values()):
+        raise ValueError(f"gkernels.graph.{what}: {', '.join(tensors)}: got tensors on {', '.join(str(t.device) for t in tensors.values())}, "
+                         "expected them on the device")
+
+
+class Nodes(ExitStack):
+    """A graph under construction, which its block's end destroys: an executable made of it needs it no longer."""
+
+    def __enter__(self) -> Nodes:
+        from cuda.bindings import driver
+        super().__enter__()
+        self.driver = driver
+        self.context, = answered(driver.cuCtxGetCurrent())
+        self.graph, = answered(driver.cuGraphCreate(0))
+        self.callback(driver.cuGraphDestroy, self.graph)
+        return self
+
+    def handle(self):
+        """A condition of the graph, 0 at each launch until a kernel says more."""
+        return answered(self.driver.cuGraphConditionalHandleCreate(self.graph, self.context, 0, 1))[0]
+
+    def kernel(self, graph, after, name: bytes, values: tuple, threads: int = 1):
+        """A node of one of SOURCE's kernels, one block, behind the node `after`."""
+        node = self.driver.CUDA_KERNEL_NODE_PARAMS()
+        node.func = function(torch.cuda.current_device(), name)
+        node.gridDimX = node.gridDimY = node.gridDimZ = node.blockDimY = node.blockDimZ = 1
+        node.blockDimX, node.kernelParams = threads, (values, PARAMETERS[name])
+        return answered(self.driver.cuGraphAddKernelNode(graph, [after] if after else None, 1 if after else 0, node))[0]
+
+    def child(self, graph, after, body: torch.cuda.CUDAGraph):
+        """A node that holds a copy of a captured graph."""
+        captured = self.driver.CUgraph(init_value=raw(body))
+        return answered(self.driver.cuGraphAddChildGraphNode(graph, [after] if after else None, 1 if after else 0, captured))[0]
+
+    def conditional(self, after, handle, kind: str, bodies: int) -> tuple:
+        """A conditional node behind `after`, and the graphs of its bodies, which are empty."""
+        params, driver = self.driver.CUgraphNodeParams(), self.driver
+        params.type = driver.CUgraphNodeType.CU_GRAPH_NODE_TYPE_CONDITIONAL
+        params.conditional.handle, params.conditional.ctx, params.conditional.size = handle, self.context, bodies
+        params.conditional.type = getattr(driver.CUgraphConditionalNodeType, f"CU_GRAPH_COND_TYPE_{kind}")
+        add_node = getattr(driver, "cuGraphAddNode_v2", driver.cuGraphAddNode)               # its name in cuda-bindings 12
+        node, = answered(add_node(self.graph, [after], None, 1, params))
+        return node, [driver.CUgraph(init_value=int(body)) for body in params.conditional.phGraph_out]
+
+
+def function(device: int, name: bytes):
+    """One of SOURCE's kernels on a device."""
+    from cuda.bindings import driver
+    return answered(driver.cuModuleGetFunction(module(device), name))[0]
 
 
 @lru_cache(None)
-def kernel(device: int):
-    """go_on, compiled for a device and loaded there for good."""
+def module(device: int):
+    """SOURCE, compiled for a device and loaded there for good."""
     from cuda.bindings import driver, nvrtc
-    program, = answered(nvrtc.nvrtcCreateProgram(SOURCE, b"go_on.cu", 0, None, None))
+    program, = answered(nvrtc.nvrtcCreateProgram(SOURCE, b"conditional.cu", 0, None, None))
     try:
         major, minor = torch.cuda.get_device_capability(device)
         answered(nvrtc.nvrtcCompileProgram(program, 1, [f"--gpu-architecture=sm_{major}{minor}".encode()]))
@@ -108,6 +183,4 @@ def kernel(device: int):
         answered(nvrtc.nvrtcGetCUBIN(program, binary))
     finally:
         nvrtc.nvrtcDestroyProgram(program)
-    module, = answered(driver.cuModuleLoadData(binary))
-    function, = answered(driver.cuModuleGetFunction(module, b"go_on"))
-    return function
+    return answered(driver.cuModuleLoadData(binary))[0]

@@ -29,22 +29,27 @@ class Burst(GraphRunner):
 
 
 class Loop(GraphRunner):
-    """One callable in a WHILE node, one a bucket: a launch turns it while turns are left and rows run, and asks nothing of the host.
+    """One callable in a WHILE node, one a bucket: a launch calls it while calls are left and rows run, and asks nothing of the host.
 
-    `left` and `running` are int32 [1] on the device. Before `run` the host sets `left` on the stream: the turns that the launch may take, of which
-    each takes one. The step keeps in `running` how many rows go on. As in a Burst, a turn must leave on the device all that the next one reads,
+    `left` and `running` are int32 [1] on the device. Before `run` the host sets `left` on the stream: the calls that the launch may make, of which
+    each takes one. The step keeps in `running` how many rows go on. As in a Burst, a call must leave on the device all that the next one reads,
     and rows that end on the way must cost the others nothing but time. A launch that finds 0 in either leaves everything as it is.
+
+    A turn of the node costs time of its own, which `steps` calls share; `left` is kept to nevertheless. But `running` is read between turns alone: up
+    to `steps` - 1 calls come after the last row has ended, must change nothing that matters, and are taken from `left` as the others.
 
     Where `why` says that no graph can hold a loop, and on a machine without CUDA, Python turns it: same results, but on CUDA it waits for the device
     before every turn."""
 
     def __init__(self, step: Callable[[int], object], left: torch.Tensor, running: torch.Tensor, buckets: Buckets, device: torch.device | str,
-                 checks: tuple[Callable[[], None], ...] = ()):
+                 checks: tuple[Callable[[], None], ...] = (), steps: int = 1):
         super().__init__(step, buckets, device, checks)
         for name, t in (("left", left), ("running", running)):
             if t.dtype != torch.int32 or t.shape != (1,):
                 raise ValueError(f"gkernels.graph.Loop: {name}: got {t.dtype} {list(t.shape)}, expected torch.int32 [1]")
-        self.left, self.running = left, running
+        if steps < 1:
+            raise ValueError(f"gkernels.graph.Loop: steps: got {steps}, expected at least 1")
+        self.left, self.running, self.steps = left, running, steps
 
     @property
     def why(self) -> str:
@@ -62,11 +67,13 @@ class Loop(GraphRunner):
         super().capture(progress)
 
     def playable(self, graph: torch.cuda.CUDAGraph) -> WhileLoop:
-        return WhileLoop(graph, self.left, self.running)
+        return WhileLoop(graph, self.left, self.running, self.steps)
 
     def call(self, bucket: int) -> object:
         outputs = None
-        while int(self.left) > 0 and int(self.running) > 0:
-            outputs = self.step(bucket)
-            self.left -= 1
+        for n in dict.fromkeys((self.steps, 1)):
+            while int(self.left) >= n and int(self.running) > 0:
+                for _ in range(n):
+                    outputs = self.step(bucket)
+                self.left -= n
         return outputs

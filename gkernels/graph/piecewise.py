@@ -26,8 +26,8 @@ class PiecewiseRunner(GraphRunner):
     BREAKABLE = True
 
     def __init__(self, step: Callable[[int], object], buckets: Buckets, device: torch.device | str, checks: tuple[Callable[[], None], ...] = (),
-                 unsafe: tuple[tuple[object, str], ...] = ()):
-        super().__init__(step, buckets, device, checks)
+                 unsafe: tuple[tuple[object, str], ...] = (), share: bool = False):
+        super().__init__(step, buckets, device, checks, share)
         self.unsafe = tuple(unsafe)
         for owner, name in self.unsafe:
             if not callable(getattr(owner, name, None)):

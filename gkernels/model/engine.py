@@ -207,7 +207,7 @@ class Engine:
         if turns:
             ahead.runner.run(num_tokens)
             lines, status = self.step_fn.read_ring(ahead.runner.capacity(num_tokens), len(batch))
-            self.modes[ahead.mode] += len(lines) // ahead.width
+            self.modes[ahead.mode] += -(-len(lines) // ahead.width)
         else:
             self.runner.run(num_tokens)
             tokens, status = self.step_fn.read(len(batch))

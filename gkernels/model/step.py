@@ -177,13 +177,17 @@ class Step:
 
     def read_ring(self, bucket: int, num_requests: int) -> tuple[list[list[int]], list[int]]:
         """Waits for the steps since the batch was staged and returns their tokens, a list for each time that the state was advanced, with -1 for rows
-        that brought none, and the status of rows that ended with an error. One copy, one wait, however many steps."""
+        that brought none, and the status of rows that ended with an error. What came behind the last token is left out, but for the first list.
+        One copy, one wait, however many steps."""
         self._news_host.copy_(self._news, non_blocking=True)
         if self._news_read is not None:
             self._news_read.record()
             self._news_read.synchronize()
         step, flags, ring = self.news(self._news_host.numpy(), self.requests(bucket))          # whose views cost a tenth of a tensor's
-        return ring[:step[0], :num_requests].tolist(), flags[:num_requests].tolist()
+        lines = ring[:step[0], :num_requests].tolist()
+        while len(lines) > 1 and max(lines[-1]) < 0:
+            lines.pop()
+        return lines, flags[:num_requests].tolist()
 
     def _wait(self):
         if self.device.type == "cuda":
