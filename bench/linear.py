@@ -1,5 +1,5 @@
-"""linear against torch at the products of Llama 3.2 1B and Llama 3.1 8B, and at their logits (float32 out); norm_linear and linear_residual against
-torch's two operations, and against this library's own unfused pair."""
+"""linear against torch at the products of Llama 3.2 1B and Llama 3.1 8B, and at their logits (float32 out); norm_linear and linear_residual, which
+share the norm between them, against torch's operations, and against this library's own unfused ones."""
 
 import torch
 
@@ -23,7 +23,7 @@ def cases():
         for name in names:
             (N, K), dtype = SHAPES[name], torch.float32 if kind == "norm" else torch.bfloat16
             for T in (1, 16, 64):
-                moved = N * K * 2 + T * K * 2 + T * N * (dtype.itemsize if kind == "norm" else 4)
+                moved = N * K * 2 + T * K * 2 + T * N * (dtype.itemsize if kind == "norm" else 6)      # the residual is read and written
                 makes = {which: fused(which, kind, T, N, K, dtype) for which in ("gkernels", "unfused", "torch")}
                 yield f"{kind} {name} {T} x {N} x {K}", moved, 2 * T * N * K, makes
 
@@ -42,9 +42,10 @@ def provider(name, T, N, K, dtype):
 def fused(name, kind, T, N, K, dtype):
     def make(i):
         x, weight = (torch.randn(rows, K, dtype=torch.bfloat16, device="cuda") for rows in (T, N))
-        norm, normed = torch.ones(K, dtype=torch.bfloat16, device="cuda"), torch.empty_like(x)
+        norm, next_norm = (torch.ones(width, dtype=torch.bfloat16, device="cuda") for width in (K, N))
         out, added = torch.zeros(2, T, N, dtype=dtype, device="cuda")
-        workspace = linear.Workspace.allocate("cuda")
+        workspace, normed = linear.Workspace.allocate("cuda"), torch.empty_like(x)
+        scaled, left = (linear.Scaled.empty(T, width, torch.bfloat16, "cuda", splits=True) for width in (K, N))
         wider = {"out_dtype": dtype} if dtype != x.dtype else {}
 
         def norm_pair():
@@ -55,15 +56,17 @@ def fused(name, kind, T, N, K, dtype):
 
         def residual_pair():
             if name == "torch":
-                return torch.addmm(out, x, weight.T, out=out)
+                torch.addmm(out, x, weight.T, out=out)
+                return torch.nn.functional.rms_norm(out, (N,), next_norm, 1e-5)
             linear.linear_out(x, weight, added)
-            out.add_(added)
+            rmsnorm.add_rmsnorm_out(added, out, next_norm, 1e-5, left.x)
 
         if name != "gkernels":
             return norm_pair if kind == "norm" else residual_pair
         if kind == "norm":
-            return lambda: linear.norm_linear_out(x, norm, weight, 1e-5, out)
-        return lambda: linear.linear_residual(x, weight, out, workspace=workspace)
+            rmsnorm.scale(x, norm, scaled)
+            return lambda: linear.norm_linear_out(scaled, weight, 1e-5, out)
+        return lambda: linear.linear_residual(x, weight, out, workspace=workspace, norm=next_norm, scaled=left)
     return make
 
 

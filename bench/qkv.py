@@ -1,5 +1,5 @@
-"""norm_qkv against torch's operations, and against this library's own three nodes, at the heads of Llama 3.2 1B, Llama 3.1 8B and Qwen3 8B (which
-normalises q and k)."""
+"""norm_qkv, whose norm the node before has begun, against torch's operations, and against this library's own three nodes, at the heads of Llama 3.2
+1B, Llama 3.1 8B and Qwen3 8B (which normalises q and k)."""
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +22,9 @@ def provider(name, T, H, KV, D, K, is_normed):
         norms, normed, packed = [new(D) if is_normed else None for _ in range(2)], new(T, K), new(T, N)
         places = positions, cos_sin, slots, k_cache, v_cache, q_out
         if name == "gkernels":
-            return lambda: qkv.norm_qkv(x, norm, weight, 1e-5, *places, None, *norms, workspace=workspace)
+            scaled = linear.Scaled.empty(T, K, torch.bfloat16, "cuda", splits=True)
+            rmsnorm.scale(x, norm, scaled)
+            return lambda: qkv.norm_qkv(scaled, weight, 1e-5, *places, None, *norms, workspace=workspace)
         q, k, v = packed.view(T, H + 2 * KV, D).split([H, KV, KV], 1)
         pages, offsets = slots // P, slots % P
 
