@@ -15,11 +15,11 @@ import triton.language as tl
 
 from ._arrive import arrive
 from ._noise import key_at
-from ._sampling_bins import BINS, bin_of, bounds_of
-from ._sampling_contest import decide, enter, least_of, most_of
+from ._sampling_bins import BINS, LINEAR, bin_of, bounds_of
+from ._sampling_contest import decide, enter, least_of, most_of, nobody
 from ._sampling_cut import kept_of, select, tile_of
 from ._sampling_short import GROUP, SHORT_K, list_reached, settle_groups
-from ._sampling_tokens import better, clean, first_best, key_of, mass_of, scaled, scores
+from ._sampling_tokens import better, clean, first_best, key_of, mass_of, scaled, scores, tile_at
 
 NO_TOKEN, BAD_OPTION = 4, 8
 STATE = 16                                            # int32 a row: what one pass leaves for the next
@@ -28,7 +28,7 @@ _INF = tl.constexpr(float("inf"))
 _LOWEST = tl.constexpr(-0x7F800001)                   # the key of -inf
 _NO_TOKEN, _BAD_OPTION, _BINS, _STATE = tl.constexpr(NO_TOKEN), tl.constexpr(BAD_OPTION), tl.constexpr(BINS), tl.constexpr(STATE)
 _DONE, _COUNT, _LIST, _ROW, _SHORT = (tl.constexpr(mode) for mode in (DONE, COUNT, LIST, ROW, SHORT))
-_GROUP, _SHORT_K = tl.constexpr(GROUP), tl.constexpr(SHORT_K)
+_GROUP, _SHORT_K, _LINEAR = tl.constexpr(GROUP), tl.constexpr(SHORT_K), tl.constexpr(LINEAR)
 
 
 @triton.jit
@@ -68,19 +68,6 @@ def _put_cut(state, cut):
     tl.store(state + 11, cut[5])
 
 
-@triton.jit
-def _tile(row_ptr, at, V: tl.constexpr, BLOCK: tl.constexpr):
-    """Ids and clean logits of BLOCK tokens from `at`."""
-    ids = at + tl.arange(0, BLOCK)                                                 # [BLOCK]
-    return ids, clean(tl.load(row_ptr + ids, ids < V, other=-_INF))
-
-
-@triton.jit
-def _nobody(V: tl.constexpr, BLOCK: tl.constexpr):
-    """A contest that no token has entered."""
-    return tl.full((BLOCK,), -_INF, tl.float32), tl.full((BLOCK,), V, tl.int32), tl.full((BLOCK,), -_INF, tl.float32)
-
-
 @triton.jit(do_not_specialize_on_alignment=["temperature_ptr", "top_k_ptr", "top_p_ptr", "min_p_ptr", "typical_p_ptr", "seed_ptr", "position_ptr",
                                             "seq_lens_ptr", "status_ptr", "out_ptr"])
 def first_kernel(
@@ -118,12 +105,12 @@ def first_kernel(
     draws_here = (temperature > 0.0) & (cuts == 0) & (min_p == 0.0)
     has_groups, has_masses = (temperature > 0.0) & (draws_here == 0), (top_k == V) & (top_p < 1.0) & (typical_p == 1.0)
     seed, position, row_ptr = tl.load(seed_ptr + row), tl.load(position_ptr + row), logits_ptr + row.to(tl.int64) * stride_lr
-    key, standing = key_at(seed, position), _nobody(V, BLOCK)
+    key, standing = key_at(seed, position), nobody(V, BLOCK)
     tops, at_group = tl.full((BLOCK // _GROUP,), -_INF, tl.float32), tl.full((BLOCK // _GROUP,), 0, tl.int32)
     reference = clean(tl.load(row_ptr + tl.minimum(chunk * CHUNK, V - 1)))         # any logit of the row keeps differences small
     reference = tl.where(tl.abs(reference) < _INF, reference, 0.0)
     for at in tl.range(chunk * CHUNK, chunk * CHUNK + CHUNK, BLOCK, num_stages=4):
-        ids, x = _tile(row_ptr, at, V, BLOCK)
+        ids, x = tile_at(row_ptr, at, V, BLOCK)
         tile = tl.reshape(x, (BLOCK // _GROUP, _GROUP))
         groups, group_tops = at // _GROUP + tl.arange(0, BLOCK // _GROUP), tl.max(tile, 1)
         at_group, tops = tl.where(group_tops > tops, groups, at_group), tl.maximum(tops, group_tops)
@@ -140,7 +127,7 @@ def first_kernel(
     if draws_here:
         score, token, is_open = decide(standing, row_ptr, reference, temperature, seed, position, V)
         for at in range(chunk * CHUNK, tl.where(is_open, chunk * CHUNK + CHUNK, 0), BLOCK):
-            ids, x = _tile(row_ptr, at, V, BLOCK)
+            ids, x = tile_at(row_ptr, at, V, BLOCK)
             if tl.max(most_of(x, ids, x > -_INF, reference, temperature, key), 0) > least_of(score, reference, temperature):
                 score, token = better(score, token, *first_best(scores(x, ids, x > -_INF, temperature, seed, position), ids, V))
     partial = row * CHUNKS + chunk
@@ -165,7 +152,7 @@ def first_kernel(
         else:
             _, token = _merge(scores_ptr, partials_ptr, row, 1, V, CHUNKS, BLOCK_C)
             if is_drawn == 0:
-                members, x = _tile(row_ptr, group * _GROUP, V, _GROUP)
+                members, x = tile_at(row_ptr, group * _GROUP, V, _GROUP)
                 token = tl.min(tl.where(x == top, members, V - 1), 0)
             tl.store(out_ptr + row, tl.where(none, -1, token))
         tl.store(state, mode)
@@ -178,7 +165,7 @@ def first_kernel(
 @triton.jit(do_not_specialize_on_alignment=["temperature_ptr", "top_k_ptr", "top_p_ptr", "min_p_ptr", "typical_p_ptr"])
 def reach_kernel(
     logits_ptr, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, typical_p_ptr,                                     # as in first_kernel
-    partials_ptr,      # [R, CHUNKS, 3]: the first is the chunk's mass, the third that above the bins
+    partials_ptr,      # [R, CHUNKS, 3]: the chunk's mass, that below the linear bins, and that above all bins
     counts_ptr, state_ptr, groups_ptr,                                                                               # as in first_kernel
     list_x_ptr,        # [R, ROOM] float32: CAPACITY tokens, and room for `select`
     list_ids_ptr,      # [R, ROOM] int32
@@ -199,26 +186,29 @@ def reach_kernel(
                      two.to(tl.float32, bitcast=True), chunk * (CHUNK // _GROUP), V, BLOCK, GROUPS, CHUNK // _GROUP, CAPACITY)
     else:
         scale, offset, bins = one.to(tl.float32, bitcast=True), two, tl.arange(0, _BINS)
-        counts, mass, above = tl.zeros((_BINS,), tl.int32), tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
+        zeros = tl.zeros((BLOCK,), tl.float32)
+        counts, mass, above, below = tl.zeros((_BINS,), tl.int32), zeros, zeros, zeros
         for at in tl.range(chunk * CHUNK, chunk * CHUNK + CHUNK, BLOCK):
-            x = _tile(row_ptr, at, V, BLOCK)[1]
+            x = tile_at(row_ptr, at, V, BLOCK)[1]
             z = scaled(x, top, temperature)
             place, weight = bin_of(z, scale, offset), tl.exp(z)
             counts += tl.histogram(tl.maximum(place, 0), _BINS, (x > -_INF) & (place >= 0))        # z of far tokens may be -inf: they count
-            mass, above = mass + weight, above + tl.where(place < 0, weight, 0.0)
+            mass, above, below = mass + weight, above + tl.where(place < 0, weight, 0.0), below + tl.where(place >= _LINEAR, weight, 0.0)
         tl.atomic_add(counts_ptr + bins, counts, counts > 0, sem="relaxed")
         partial = partials_ptr + (row * CHUNKS + chunk) * 3
         tl.store(partial, (tl.sum(mass, 0).to(tl.float64) * 4294967296.0).to(tl.int64))
+        tl.store(partial + 1, (tl.sum(below, 0).to(tl.float64) * 4294967296.0).to(tl.int64))
         tl.store(partial + 2, (tl.sum(above, 0).to(tl.float64) * 4294967296.0).to(tl.int64))
         if arrive(counts_ptr + _BINS + 1, CHUNKS):
             counts = tl.load(counts_ptr + bins, cache_modifier=".cg")
             tl.debug_barrier()                                                     # the threads that clear bins are not those that read them
             tl.store(counts_ptr + bins, tl.zeros((_BINS,), tl.int32))
             total = _sum_of(partials_ptr, row, 0, CHUNKS, BLOCK_C).to(tl.float32) * 2.3283064365386963e-10
-            total_above = _sum_of(partials_ptr, row, 2, CHUNKS, BLOCK_C).to(tl.float32) * 2.3283064365386963e-10
+            far = _sum_of(partials_ptr, row, 1, CHUNKS, BLOCK_C).to(tl.float32) * 2.3283064365386963e-10
+            near = _sum_of(partials_ptr, row, 2, CHUNKS, BLOCK_C).to(tl.float32) * 2.3283064365386963e-10
             # Where top_k is off, more than there are, so that no bin is its end
-            first, last, k_bin, k_left, listed = bounds_of(counts, total_above, total, scale, offset, tl.where(top_k < V, top_k, V + 1), top_p,
-                                                           typical_p < 1.0)
+            first, last, k_bin, k_left, listed = bounds_of(counts, near, far, total, scale, offset, tl.where(top_k < V, top_k, V + 1),
+                                                           top_p, typical_p < 1.0)
             fits = listed <= CAPACITY
             tl.store(state, tl.where(fits, _LIST, _ROW))
             tl.store(state + 2, first)
@@ -242,12 +232,12 @@ def draw_kernel(
     options = (temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, typical_p_ptr)
     temperature, _, _, min_p, _, _ = _options(row, options, V, HAS_TYPICAL)
     seed, position = tl.load(seed_ptr + row), tl.load(position_ptr + row)
-    key, standing, top = key_at(seed, position), _nobody(V, BLOCK), tl.load(state + 1).to(tl.float32, bitcast=True)
+    key, standing, top = key_at(seed, position), nobody(V, BLOCK), tl.load(state + 1).to(tl.float32, bitcast=True)
     first, last, k_bin = tl.load(state + 2), tl.load(state + 3), tl.load(state + 4)
     scale, offset = tl.load(state + 12).to(tl.float32, bitcast=True), tl.load(state + 13)
     sure, beyond = tl.zeros((BLOCK,), tl.int64), tl.zeros((BLOCK,), tl.int64)
     for at in tl.range(chunk * CHUNK, chunk * CHUNK + CHUNK, BLOCK):
-        ids, x = _tile(row_ptr, at, V, BLOCK)
+        ids, x = tile_at(row_ptr, at, V, BLOCK)
         z = scaled(x, top, temperature)
         live, bins, mass = x > -_INF, bin_of(z, scale, offset), mass_of(z)
         is_sure, is_beyond = live & (bins < first), live & (bins > last) & (bins < k_bin)
@@ -262,7 +252,7 @@ def draw_kernel(
             tl.store(list_ids_ptr + place, ids, listed)
     score, token, is_open = decide(standing, row_ptr, top, temperature, seed, position, V)
     for at in range(chunk * CHUNK, tl.where(is_open, chunk * CHUNK + CHUNK, 0), BLOCK):
-        ids, x = _tile(row_ptr, at, V, BLOCK)
+        ids, x = tile_at(row_ptr, at, V, BLOCK)
         z = scaled(x, top, temperature)
         kept = (x > -_INF) & (bin_of(z, scale, offset) < first) & (tl.exp(z) >= min_p)
         if tl.max(most_of(x, ids, kept, top, temperature, key), 0) > least_of(score, top, temperature):
@@ -305,10 +295,21 @@ def select_kernel(
     list_x_ptr, list_ids_ptr = list_x_ptr + lists, list_ids_ptr + lists
     source = (list_x_ptr, list_ids_ptr, logits_ptr + row.to(tl.int64) * stride_lr, count, is_row, list_x_ptr + CAPACITY, list_ids_ptr + CAPACITY)
     cut = select(source, known, sure, beyond, k_left, has_k, top, temperature, top_p, min_p, typical_p, V, BLOCK, RANKED, HAS_TYPICAL)
-    for start in range(0, count, RANKED):                                          # a short list in one turn
-        ids, x, z = tile_of(source, start, top, temperature, V, RANKED)
+    if count <= RANKED:
+        ids, x, z = tile_of(source, 0, top, temperature, V, RANKED)
         kept = kept_of(ids, x, z, cut, HAS_TYPICAL)
         score, token = better(score, token, *first_best(scores(x, ids, kept, temperature, seed, position), ids, V))
+    else:
+        key, standing = key_at(seed, position), nobody(V, BLOCK)
+        for start in range(0, count, BLOCK):
+            ids, x, z = tile_of(source, start, top, temperature, V, BLOCK)
+            standing = enter(standing, most_of(x, ids, kept_of(ids, x, z, cut, HAS_TYPICAL), top, temperature, key), ids)
+        next_score, next_token, is_open = decide(standing, source[2], top, temperature, seed, position, V)
+        score, token = better(score, token, next_score, next_token)
+        for start in range(0, tl.where(is_open, count, 0), RANKED):
+            ids, x, z = tile_of(source, start, top, temperature, V, RANKED)
+            kept = kept_of(ids, x, z, cut, HAS_TYPICAL)
+            score, token = better(score, token, *first_best(scores(x, ids, kept, temperature, seed, position), ids, V))
     tl.store(out_ptr + row, token)
     _put_cut(state, cut)
 
@@ -335,7 +336,7 @@ def probs_kernel(
         total = tl.maximum(_sum_of(partials_ptr, row, 0, CHUNKS, BLOCK_C), 1)
     for at in tl.range(chunk * CHUNK, chunk * CHUNK + CHUNK, BLOCK):
         if is_drawn:
-            ids, x = _tile(logits_ptr + row.to(tl.int64) * stride_lr, at, V, BLOCK)
+            ids, x = tile_at(logits_ptr + row.to(tl.int64) * stride_lr, at, V, BLOCK)
             z = scaled(x, top, temperature)
             mass = tl.where(kept_of(ids, x, z, cut, HAS_TYPICAL), mass_of(z), 0)
         else:                                                                      # all on the token; nothing where there is none

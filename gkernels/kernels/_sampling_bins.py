@@ -28,17 +28,20 @@ def _edge(bins, scale, offset):
 
 
 @triton.jit
-def bounds_of(counts, above, total, scale, offset, top_k, top_p, is_typical):
+def bounds_of(counts, above, below, total, scale, offset, top_k, top_p, is_typical):
     """Where the kept prefix may end: first and last bin of the mass's end, bin of the count's end, how many listed tokens the count leaves, and how
-    many are listed, those of all these bins. `above` is the mass above bin 0. A bin's edges bound its mass, so the prefix up to a bin is known from
-    its head and, with the total, from its tail: to a bin's width of the smaller of the two. 2e-5 covers the rounding of masses and sums."""
+    many are listed, those of all these bins. `above` is the mass above bin 0, `below` that of the far, wide bins. A bin's edges bound its mass, so the
+    prefix up to a bin is known from its head and, with the total, from its tail: to a bin's width of the smaller of the two. 2e-5 covers the
+    rounding of masses and sums."""
     bins = tl.arange(0, _BINS)                                                     # [BINS]
     through = tl.cumsum(counts, 0)
     k_bin = tl.min(tl.where(through >= top_k, bins, _BINS), 0)
     head_most = above + tl.cumsum(counts.to(tl.float32) * tl.exp(-_edge(bins, scale, offset)), 0)
     head_least = above + tl.cumsum(counts.to(tl.float32) * tl.exp(-_edge(bins + 1, scale, offset)), 0)
-    most = tl.minimum(head_most, total - (tl.max(head_least, 0) - head_least))
-    least = tl.maximum(head_least, total - (tl.max(head_most, 0) - head_most))
+    is_far = bins >= _LINEAR
+    end_least, end_most = tl.max(tl.where(is_far, 0.0, head_least), 0), tl.max(tl.where(is_far, 0.0, head_most), 0)
+    most = tl.minimum(head_most, tl.where(is_far, total - (tl.max(head_least, 0) - head_least), total - below - (end_least - head_least)))
+    least = tl.maximum(head_least, tl.where(is_far, total - (tl.max(head_most, 0) - head_most), total - below - (end_most - head_most)))
     slack = 2e-5 * total + 1e-4
     need_least = top_p * tl.maximum(tl.max(tl.where(bins < k_bin, least, 0.0), 0), 1.0) - slack    # the greatest token alone has mass 1
     need_most = top_p * tl.max(tl.where(bins <= k_bin, most, 0.0), 0) + slack

@@ -28,6 +28,12 @@ def most_of(x, ids, kept, reference, temperature, key):
 
 
 @triton.jit
+def nobody(V: tl.constexpr, BLOCK: tl.constexpr):
+    """A contest that no token has entered."""
+    return tl.full((BLOCK,), -_INF, tl.float32), tl.full((BLOCK,), V, tl.int32), tl.full((BLOCK,), -_INF, tl.float32)
+
+
+@triton.jit
 def enter(standing, most, ids):
     """The places' greatest bounds, their tokens, and the greatest bounds of all others, with one more tile."""
     best, best_ids, others = standing

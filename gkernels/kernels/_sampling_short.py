@@ -24,8 +24,11 @@ _UNITS = tl.constexpr(1048576.0)                      # of all mass; 8192 groups
 def _bound(keys, weights, need, slack):
     """Two keys and a weight: that at or above the first, which reaches `need`, and if it can not much more than `slack` above; that from the
     second on does not. The weight of all where they cannot. A round halves the keys between twice; weights sum below 2^21."""
-    low, high, reached = tl.min(keys, 0).to(tl.int64), tl.max(keys, 0).to(tl.int64) + 1, tl.sum(weights, 0)
-    weights = weights.to(tl.int64)
+    low, high = tl.min(tl.where(keys > _LOWEST, keys, 0x7FFFFFFF), 0), tl.max(keys, 0).to(tl.int64) + 1
+    reached = tl.sum(tl.where(keys >= low, weights, 0), 0)
+    if reached < need:                                 # groups without a logit count too
+        low, reached = tl.full((), _LOWEST, tl.int32), tl.sum(weights, 0)
+    low, weights = low.to(tl.int64), weights.to(tl.int64)
     while (high - low > 1) & (reached - need > slack):
         step = tl.maximum((high - low) >> 2, 1)
         first, second, third = low + step, tl.minimum(low + 2 * step, high - 1), tl.minimum(low + 3 * step, high - 1)

@@ -58,3 +58,10 @@ def scores(x, ids, kept, temperature, seed, position):
     """float64: exact for logits of any size, so that no row needs its greatest to draw."""
     noise = gumbel(seed, position, ids).to(tl.float64)
     return tl.where(kept, x.to(tl.float64) * (1.0 / temperature.to(tl.float64)) + noise, -_INF)
+
+
+@triton.jit
+def tile_at(row_ptr, at, V: tl.constexpr, BLOCK: tl.constexpr):
+    """Ids and clean logits of BLOCK tokens from `at`."""
+    ids = at + tl.arange(0, BLOCK)                                                 # [BLOCK]
+    return ids, clean(tl.load(row_ptr + ids, ids < V, other=-_INF))
