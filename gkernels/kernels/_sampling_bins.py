@@ -30,8 +30,8 @@ def _edge(bins, scale, offset):
 @triton.jit
 def bounds_of(counts, above, below, total, scale, offset, top_k, top_p, is_typical):
     """Where the kept prefix may end: first and last bin of the mass's end, bin of the count's end, how many listed tokens the count leaves, and how
-    many are listed, those of all these bins. `above` is the mass above bin 0, `below` that of the far, wide bins. A bin's edges bound its mass, so the
-    prefix up to a bin is known from its head and, with the total, from its tail: to a bin's width of the smaller of the two. 2e-5 covers the
+    many are listed, those of all these bins. `above` is the mass above bin 0, `below` that of the far, wide bins. A bin's edges bound its mass, so
+    the prefix up to a bin is known from its head and, with the total, from its tail: to a bin's width of the smaller of the two. 2e-5 covers the
     rounding of masses and sums."""
     bins = tl.arange(0, _BINS)                                                     # [BINS]
     through = tl.cumsum(counts, 0)

@@ -98,7 +98,7 @@ def _cut_at(source, need, top, temperature, cut, V: tl.constexpr, BLOCK: tl.cons
         _, before = _rank(near, number, top, temperature, cut, V, RANKED, IS_MASS, IS_TYPICAL)
         last = tl.min(tl.where((tl.arange(0, RANKED) < found) & (above + before < need), number, 0x7FFFFFFFFFFFFFFF), 0)
         last_key, low_id = _key_and_id(last)
-    else:                                              # of equal keys, the lowest ids; by halves again, as a list has no order: at most 18 rounds
+    elif V > RANKED:                                   # of equal keys, the lowest ids; by halves again, as a list has no order: at most 18 rounds
         low_id, high_id = tl.full((), 0, tl.int32), tl.full((), V - 1, tl.int32)
         while low_id < high_id:
             middle_id = (low_id + high_id) // 2

@@ -11,8 +11,8 @@ The noise of a token depends on (seed, position, token id) only: a request draws
 Graph-safe: four launches of fixed grids, a row shared by the programs of its chunks; rows that need less leave at once. A row with seq_lens 0 is
 unused: token -1, status untouched. NaN logits count as -inf, +inf ones win. A row without a choice gets token -1 and status |= NO_TOKEN; options
 out of range are switched off, status |= BAD_OPTION. Other rows never change.
-Where more than CAPACITY tokens lie where a prefix may end (equal logits by the thousand, typical_p without another cut), one program bisects the
-whole row, which is exact too, but slow: some 50 reads of the row.
+Where more than CAPACITY tokens lie where a prefix may end (equal logits by the thousand, typical_p without another cut, top_p at temperatures that
+leave all tokens alike), one program halves the whole row until few tokens are left, which is exact too, but slow: some 10 to 50 reads of the row.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ class Config:
 
 
 def config(R: int, V: int) -> Config:
-    """A row has as many programs as give the device 2 a multiprocessor, and short ones where rows are few. At most 8 elements a thread: 16 spill in
-    the draw, where 64-bit random numbers and scores take half of the registers. The bins want 4 warps."""
+    """A row has as many programs as give the device 2 a multiprocessor, and short ones where rows are few. At most 8 elements a thread, of which the
+    draw keeps 9 words each."""
     enough = triton.next_power_of_2(triton.cdiv(V, triton.cdiv(2 * MULTIPROCESSORS, max(R, 1))))
     chunk = min(max(enough, LEAST_CHUNK), max(triton.next_power_of_2(V), 128))
     block = min(chunk, 2048)
