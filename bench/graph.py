@@ -15,8 +15,8 @@ from collections import Counter
 
 import torch
 
+from bench.decode_step import eager_us
 from bench.harness import record, timed_launches, wanted
-from bench.model import eager_us
 from gkernels import ops
 from gkernels.graph import Buckets, ChoosingRunner, GraphRunner, PiecewiseRunner
 from gkernels.model.cache import PagedCache

@@ -106,6 +106,8 @@ def resized(arguments, dim, old, new, prefix_sums):
     """The call's arguments with `new` for `old` as dimension `dim` of every tensor, and with `prefix_sums` new + 1 for old + 1. In
     dimension 1, where other tensors have model constants, only tables are resized."""
     def rebuild(value):
+        if isinstance(value, tuple):
+            return type(value)(*map(rebuild, value))
         if not isinstance(value, torch.Tensor) or value.dim() <= dim or value.numel() <= 1 or (dim and not is_table(value)):
             return value
         if value.shape[dim] != old and not (prefix_sums and value.shape[dim] == old + 1):

@@ -190,14 +190,14 @@ LENGTHS = ("query_start_loc", "seq_lens")                               # what t
 ADVANCED = ("token_ids", "seq_lens", "generated", "ended", "running")
 
 
-def step_subject(kind=Step, fused=False):
+def step_subject(kind=Step, **changes):
     """One layer of random weights in a Step, with pads of every kind: tokens, table entries, options, slots and pages that nobody owns."""
     device = torch.device("cuda" if CUDA else "cpu")
-    config = LlamaConfig.from_dict(tiny_config("Qwen3ForCausalLM", num_hidden_layers=1))
+    config = LlamaConfig.from_dict(tiny_config("Qwen3ForCausalLM", num_hidden_layers=1, **changes))
     cache = PagedCache.allocate(config.num_layers, PAGES, PAGE, config.num_kv_heads, config.head_dim, torch.float32, device)
     for seed, t in enumerate((cache.keys, cache.values)):
         t.copy_(torch.randn(t.shape, generator=torch.Generator().manual_seed(seed)))
-    step = kind(Llama.build(config, random_weights(config, device, torch.float32), MAX_LEN, fused), cache, T, REQUESTS, MAX_LEN)
+    step = kind(Llama.build(config, random_weights(config, device, torch.float32), MAX_LEN), cache, T, REQUESTS, MAX_LEN)
 
     def rows(case):
         """Half of a request's length was computed before; the last page that it owns is filled in part; the second request samples."""
@@ -232,15 +232,15 @@ def step_subject(kind=Step, fused=False):
     return Subject(
         lambda inputs: step(T), make_inputs, (CASES[0], Case("one of length 1", "one", "least")), outputs={"results": step.results[:, :REQUESTS]},
         state={"keys": cache.keys, "values": cache.values, **own, **{name: step.buffers[name] for name in ADVANCED},
-               **({"arrived": step.model.scratch.counters} if fused else {})},
+               "arrived": step.model.scratch.counters},
         scratch={"states": step._states, "plan": {name: t for name, t in vars(step.plan(T)).items() if name != "status"},
-                 **({"products": step.model.scratch.partials} if fused else {})},
+                 "products": step.model.scratch.partials},
         weights=(step.model.weights, step.model.cos_sin), pads=pads, name=kind.__name__)
 
 
-@pytest.mark.parametrize("fused", [False, True])
-def test_our_step_is_clean(fused):
-    report = examine(step_subject(fused=fused))
+@pytest.mark.parametrize("changes", [{}, dict(head_dim=136)], ids=["five nodes a layer", "nine"])
+def test_our_step_is_clean(changes):
+    report = examine(step_subject(**changes))
     assert report.clean, report
     assert [f.name for f in report.findings] == ["fresh-output"]        # the logits, which its caller reads before the next replay
     if not CUDA:
