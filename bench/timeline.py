@@ -65,7 +65,7 @@ def table(nodes: list[Node]) -> str:
 def svg(title: str, nodes: list[Node]) -> str:
     """A lane a kernel, the one that adds most on top."""
     lanes, bottom = {share.name: i for i, share in enumerate(shares(nodes))}, TOP + LANE * len({node.name for node in nodes})
-    scale = (WIDTH - LEFT - 20) / nodes[-1].end
+    scale = (WIDTH - LEFT - 40) / nodes[-1].end
     lines = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {bottom + BOTTOM}" role="img" font-family="system-ui, sans-serif" '
              f'font-size="12" fill="{GREY}">', f"<title>{escape(title)}</title>",
              text(20, TOP - 20, title, "start", 'font-size="15" font-weight="600"')]
