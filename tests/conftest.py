@@ -1,5 +1,6 @@
 """One test text for both worlds: on a CPU the kernels are interpreted, on a GPU they are compiled."""
 
+import gc
 import os
 
 import torch
@@ -29,6 +30,15 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "gpu" if CUDA else "c
 @pytest.fixture
 def device():
     return torch.device("cuda" if CUDA else "cpu")
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    """A driver that stands in for CUDA's, on a CPU."""
+    from tests.fake_cuda import FakeCuda
+    gc.freeze()                                           # a collection of all that the tests have imported takes 0.1 s, and a capture makes one
+    yield FakeCuda().install(monkeypatch)
+    gc.unfreeze()
 
 
 def pytest_collection_modifyitems(items):

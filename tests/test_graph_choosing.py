@@ -1,6 +1,5 @@
 """ChoosingRunner: whatever the live number, a launch runs the one bucket that a GraphRunner would; and runners that share executables."""
 
-import gc
 import itertools
 
 import pytest
@@ -10,7 +9,6 @@ from hypothesis import strategies as st
 
 from gkernels.graph import Buckets, ChoosingRunner, GraphRunner, PiecewiseRunner, conditional, eager
 from tests.close import assert_same
-from tests.fake_cuda import FakeCuda
 from tests.test_graph import eager_memory
 from tests.test_loop import bindings, lost
 from tests.test_piecewise import capture_with_a_fault
@@ -88,13 +86,6 @@ def test_the_device_takes_the_bucket_that_the_host_would(device, chosen):
         for told in {False, runner.buckets.covers(n)}:
             check_choice(runner, step, n, seed, told)
     assert runner.path == (f"one graph that chooses on the device ({len(runner.buckets)} buckets)" if CUDA else "eager on the CPU interpreter")
-
-
-@pytest.fixture
-def cuda(monkeypatch):
-    gc.freeze()
-    yield FakeCuda().install(monkeypatch)
-    gc.unfreeze()
 
 
 @on_a_stand_in

@@ -1,6 +1,5 @@
 """Loop: the turns of a launch are eager steps, tokens and cache slots alike; it ends when all rows have, or at the limit of the launch."""
 
-import gc
 import itertools
 import os
 import sys
@@ -16,7 +15,6 @@ from gkernels.model.cache import PagedCache
 from gkernels.model.sampling import Sampling
 from gkernels.model.step import Row, Step
 from tests.close import assert_same
-from tests.fake_cuda import FakeCuda
 from tests.strategies import seeds
 from tests.test_engine import MAX_LEN, UNLUCKY, VOCAB, build
 from tests.test_graph import eager_memory, reserved, traps
@@ -163,13 +161,6 @@ def test_a_call_past_the_end_that_does_harm_is_caught(device, steps, seen):
         return check_turns(loop, rows, [3, 1], 6)
     with pytest.raises(AssertionError, match="another row"):
         check_turns(loop, rows, [3, 1], 6)
-
-
-@pytest.fixture
-def cuda(monkeypatch):
-    gc.freeze()
-    yield FakeCuda().install(monkeypatch)
-    gc.unfreeze()
 
 
 @on_a_stand_in

@@ -20,14 +20,9 @@ from gkernels.model.load import random_weights
 from gkernels.model.sampling import Sampling
 from gkernels.model.step import Row, Step
 from tests.close import assert_same
-from tests.fake_cuda import FakeCuda, Planted
+from tests.fake_cuda import Planted
 
-
-@pytest.fixture(autouse=True)
-def cuda(monkeypatch):
-    gc.freeze()                                         # a collection of all that the tests have imported takes 0.1 s, and a capture makes one
-    yield FakeCuda().install(monkeypatch)
-    gc.unfreeze()
+pytestmark = pytest.mark.usefixtures("cuda")
 
 
 @eager
