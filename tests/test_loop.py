@@ -446,6 +446,6 @@ def test_a_failed_capture_leaves_all_usable(step, monkeypatch, at):
 def test_counters_on_the_host_are_refused():
     rows = Rows("cuda")
     loop = Loop(rows, torch.zeros(1, dtype=torch.int32), rows.running, Buckets([1]), "cuda")
-    with pytest.raises(ValueError, match="Loop: left, running: got tensors on cpu and cuda:0, expected them on the device"):
+    with pytest.raises(ValueError, match="Loop: left, running: got tensors on cpu, cuda:0, expected them on the device"):
         loop.capture(progress=False)
     assert not loop.graphs
