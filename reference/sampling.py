@@ -73,15 +73,19 @@ def noise(seed, position, V):
 
 
 def random_bits(seed, position, V):
-    """Two words of 32 bits a token: SplitMix64 (Steele, Lea and Flood 2014) at the token's id, from a key that is Philox of seed and position."""
-    zero = torch.zeros_like(position)
-    high, low, _, _ = philox(seed, position, zero)
-    key, ids = (high << 32 | low)[:, None], torch.arange(1, V + 1, device=seed.device)
-    mix = lambda x, shift: x ^ (x >> shift & (1 << 64 - shift) - 1)                                 # int64 wraps as uint64 does; >> needs a mask
-    x = key + ids * (0x9E3779B97F4A7C15 - 2**64)
-    x = mix(x, 30) * (0xBF58476D1CE4E5B9 - 2**64)
-    x = mix(mix(x, 27) * (0x94D049BB133111EB - 2**64), 31)
-    return x >> 32 & 2**32 - 1, x & 2**32 - 1
+    """Two words of 32 bits a token, int64 [R, V]: mixes of its id with the words of a key that is Philox of seed and position."""
+    a, b, c, d = (word[:, None] for word in philox(seed, position, torch.zeros_like(position)))
+    ids = torch.arange(V, device=seed.device)
+    return mixed(ids, a, b), mixed(ids, c, d)
+
+
+def mixed(ids, first, second):
+    """32 bits from an id and two words: three products modulo 2^32 with shifts between, the second word added to the second product."""
+    word = 2**32 - 1
+    x = ids * 0x9E3779B1 + first & word
+    x = (x ^ x >> 16) * 0x21F0AAAD + second & word
+    x = multiply(0xD35A2D97, x ^ x >> 15)[1]
+    return x ^ x >> 15
 
 
 def philox(seed, c0, c1):

@@ -131,11 +131,11 @@ def test_kept_set_is_the_sorts_at_any_scale(device, temperature, spread):
 
 @pytest.mark.parametrize("options, mode", [
     (dict(top_k=40), _sampling.SHORT), (dict(top_k=40, top_p=0.9, min_p=0.1), _sampling.SHORT), (dict(top_p=0.6), _sampling.SHORT),
-    (dict(top_k=400), _sampling.LIST), (dict(top_p=0.9999), _sampling.LIST), (dict(min_p=0.1), _sampling.LIST),
-    (dict(top_k=40, typical_p=0.9), _sampling.LIST), (dict(), _sampling.DONE)], ids=str)
+    (dict(top_k=400), _sampling.LIST), (dict(top_p=0.9999), _sampling.LIST), (dict(min_p=0.1), _sampling.SHORT),
+    (dict(min_p=0.5, top_p=0.999), _sampling.SHORT), (dict(top_k=40, typical_p=0.9), _sampling.LIST), (dict(), _sampling.DONE)], ids=str)
 @pytest.mark.parametrize("kind", ["normal", "ties"])
 def test_rows_that_keep_few_tokens_go_the_short_way(device, kind, options, mode):
-    """What `first` leaves for `select`; where thousands of logits are equal and top_p keeps them all, the short way must not be taken."""
+    """What the passes leave for `select`."""
     arguments, workspace = batch(draw_logits(3, kind, 2, 6020, torch.float32, device), **options), room.Workspace.allocate(2, 6020, device)
     out = torch.empty(2, dtype=torch.int32, device=device)
     room.sample_out(**arguments, workspace=workspace, out=out)
@@ -145,7 +145,7 @@ def test_rows_that_keep_few_tokens_go_the_short_way(device, kind, options, mode)
 
 def test_many_equal_logits_fit_no_list(device):
     """Every group reaches the bound: the row is counted, and then read whole."""
-    arguments, workspace = batch(torch.zeros(1, 6020, device=device), top_k=40), room.Workspace.allocate(1, 6020, device)
+    arguments, workspace = batch(torch.zeros(1, 9000, device=device), top_k=40), room.Workspace.allocate(1, 9000, device)
     out = torch.empty(1, dtype=torch.int32, device=device)
     room.sample_out(**arguments, workspace=workspace, out=out)
     assert workspace.state[:, 0].tolist() == [_sampling.ROW] and 0 <= out[0] < 40
@@ -199,12 +199,62 @@ def test_philox_is_the_published_generator():
     assert [int(word) for word in twin.philox(zero, zero, zero)] == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
 
 
-def test_splitmix_is_the_published_generator(monkeypatch):
-    """The first outputs of SplitMix64 from state 1234567."""
-    monkeypatch.setattr(twin, "philox", lambda *_: [torch.tensor([word]) for word in (0, 1234567, 0, 0)])
-    high, low = twin.random_bits(torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int32), 3)
-    bits = [(h << 32) + l for h, l in zip(high[0].tolist(), low[0].tolist(), strict=True)]
-    assert bits == [6457827717110365317, 3203168211198807973, 9817491932198370423]
+@triton.jit
+def _words_kernel(seeds_ptr, positions_ptr, out_ptr, V, BLOCK: tl.constexpr):
+    key = _noise.key_at(tl.load(seeds_ptr + tl.program_id(0)), tl.load(positions_ptr + tl.program_id(0)))
+    offs = tl.arange(0, BLOCK)
+    for which in tl.static_range(2):
+        words = _noise.word_of(offs, key[2 * which], key[2 * which + 1])
+        tl.store(out_ptr + (tl.program_id(0) * 2 + which) * V + offs, words.to(tl.int32, bitcast=True), offs < V)
+
+
+def noise_words(seed, position, V):
+    """Both words of every token, int64 [R, 2, V], by the kernel's own mix."""
+    out = torch.empty(len(seed), 2, V, dtype=torch.int32, device=seed.device)
+    _words_kernel[(len(seed),)](seed, position, out, V, BLOCK=triton.next_power_of_2(V))
+    return out.long() & 2**32 - 1
+
+
+@given(st.integers(-2**63, 2**63 - 1), st.integers(0, 2**31 - 1))
+def test_noise_words_are_the_references(device, seed, position):
+    seed, position = torch.tensor([seed], device=device), torch.tensor([position], dtype=torch.int32, device=device)
+    assert_same(noise_words(seed, position, 300), torch.stack(twin.random_bits(seed, position, 300), 1))
+
+
+def check_independence(words, device):
+    """Of each word, and of it with its neighbour in every direction (the next ids, position, seed, and the other word), the joint counts of the top 3
+    bits, of the low 3 bits, and of how often both are in the tail that wins."""
+    seed = torch.tensor([5, 5, 5, 6, 7, 2**40 + 5, -1, 0], device=device)
+    position = torch.tensor([9, 10, 11, 9, 9, 9, 0, 0], dtype=torch.int32, device=device)
+    w = words(seed, position, 1 << 15)
+    pairs = {f"id + {lag}": (w[:, 0, :-lag], w[:, 0, lag:]) for lag in (1, 2, 3, 16, 32, 1024, 4096)}
+    pairs |= {"position + 1": (w[[0, 1], 0], w[[1, 2], 0]), "seed + 1": (w[[0, 3], 0], w[[3, 4], 0]), "seed + 2^40": (w[0, 0], w[5, 0]),
+              "other word": (w[:, 0], w[:, 1]), "other word's next id": (w[:, 0, :-1], w[:, 1, 1:])}
+    for name, (a, b) in pairs.items():
+        for shift, bits in ((29, "top"), (0, "low"), (13, "middle")):
+            cells = torch.bincount(((a >> shift & 7) * 8 + (b >> shift & 7)).flatten(), minlength=64).double()
+            statistic = float(((cells - a.numel() / 64) ** 2 / (a.numel() / 64)).sum())
+            assert statistic < CHI_SQUARE_BOUND, f"{name}: {bits} bits of neighbours depend on each other, chi-square {statistic:.0f}"
+        expected = a.numel() / 1024
+        both = int(((a < 2**27) & (b < 2**27)).sum())
+        assert abs(both - expected) < 6 * expected**0.5 + 1, f"{name}: both in the tail {both} times, expected {expected:.0f}"
+
+
+def test_noise_is_independent_of_its_neighbours(device):
+    check_independence(noise_words, device)
+
+
+@pytest.mark.parametrize("broken", [
+    lambda ids, key: ids * 0x9E3779B1 + key[0],                                              # no mix: the next id's word is this one's and a constant
+    lambda ids, key: twin.mixed(ids, key[0] * 0, key[1] * 0),                                # no key: every row the same
+    lambda ids, key: twin.mixed(ids >> 1, key[0], key[1])])                                  # two ids a word
+def test_dependent_noise_is_caught(broken):
+    def words(seed, position, V):
+        key, ids = [word[:, None] for word in twin.philox(seed, position, position * 0)], torch.arange(V)
+        return torch.stack([broken(ids, key) & 2**32 - 1, broken(ids, key[2:]) & 2**32 - 1], 1).expand(len(seed), 2, V)
+
+    with pytest.raises(AssertionError):
+        check_independence(words, torch.device("cpu"))
 
 
 @few

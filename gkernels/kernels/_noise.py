@@ -1,7 +1,8 @@
 """Noise that depends on (seed, position, token id) alone: a request draws the same tokens in any row, batch, bucket and graph.
 
-A row's 64-bit key is Philox-4x32-10 (Salmon et al. 2011) of its seed at counter (position, 0, 0, 0); a token's 64 bits are the key's SplitMix64
-stream (Steele, Lea and Flood 2014) at the token's id: 22 instructions an element where Philox itself takes 120.
+A row's key is the four words of Philox-4x32-10 (Salmon et al. 2011) of its seed at counter (position, 0, 0, 0). A token has two words, each a mix of
+its id with two of the key's: three products of 32 bits and three shifts (the constants of Wellons' low-bias hash), 9 instructions a word where
+Philox itself takes 120. The second word of the key enters between the products, so that no two rows' words are shifts of each other.
 """
 
 import triton
@@ -9,22 +10,26 @@ import triton.language as tl
 
 
 @triton.jit
-def random_bits(seed, position, ids):
-    """Two words of 32 random bits for every token."""
+def key_at(seed, position):
+    """The four words of a row's key."""
     zero = tl.zeros_like(position)
-    high, low, _, _ = tl.philox(seed, position, zero, zero, zero)
-    key = (high.to(tl.uint64) << 32) | low.to(tl.uint64)
-    x = key + (ids.to(tl.uint64) + 1) * 0x9E3779B97F4A7C15
-    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9
-    x = (x ^ (x >> 27)) * 0x94D049BB133111EB
-    x = x ^ (x >> 31)
-    return (x >> 32).to(tl.uint32), x.to(tl.uint32)
+    return tl.philox(seed, position, zero, zero, zero)
+
+
+@triton.jit
+def word_of(ids, first, second):
+    """32 random bits for every token."""
+    x = ids.to(tl.uint32) * 0x9E3779B1 + first.to(tl.uint32)
+    x = (x ^ (x >> 16)) * 0x21F0AAAD + second.to(tl.uint32)
+    x = (x ^ (x >> 15)) * 0xD35A2D97
+    return x ^ (x >> 15)
 
 
 @triton.jit
 def gumbel(seed, position, ids):
-    """-log(E), E = -log(1 - v). v has the high word's 32 bits, and below 1/32, where E is small and the winners of large vocabularies are, all 64."""
-    high, low = random_bits(seed, position, ids)
+    """-log(E), E = -log(1 - v). v has the first word's 32 bits, and below 1/32, where E is small and the winners of large vocabularies are, both."""
+    key = key_at(seed, position)
+    high, low = word_of(ids, key[0], key[1]), word_of(ids, key[2], key[3])
     v = (high.to(tl.float32) + (low.to(tl.float32) + 0.5) * 2.3283064365386963e-10) * 2.3283064365386963e-10
     w = ((high ^ 0xFFFFFFFF).to(tl.float32) + 0.5) * 2.3283064365386963e-10                      # 1 - v, without its rounding
     series = v * (1.0 + v * (0.5 + v * (0.33333333 + v * (0.25 + v * 0.2))))                     # of -log(1 - v): 2^-27 off at v = 2^-5

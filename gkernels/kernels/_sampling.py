@@ -1,42 +1,34 @@
 """The kernels of sampling: passes over the vocabulary, each shared by all programs of a row. `sampling` has the rules and the launches.
 
-A row's last program to arrive in `first` or `count` settles it for the next pass: no pass waits for a host or a barrier. All merges are exact
+A row's last program to arrive in `first` or `reach` settles it for the next pass: no pass waits for a host or a barrier. All merges are exact
 (maxima, integer sums, float64 scores), so neither arrival nor chunking moves a bit.
 
   first   the greatest logit, and that of every GROUP tokens; rows that drop nothing are drawn here and are done, as are greedy ones
-  count   how many tokens lie in each of BINS bins of distance from the greatest, which bounds where the kept prefix ends
-  draw    tokens of bins that are surely kept compete where they are read; those of bins where the prefix may end are listed
+  reach   where few tokens may be kept, these are listed; else the tokens in each of BINS bins are counted, which bounds where the prefix ends
+  draw    tokens above the bins where the prefix may end compete where they are read, and those in them are listed; nothing where `reach` listed
   select  one program a row finds the end in the list, or in the whole row where the list cannot hold it, and draws
   probs   where asked for, the kept tokens' probabilities
-
-A row that keeps few tokens needs neither `count` nor `draw`: the groups' greatest bound its prefix, and the last program in `first` lists it.
 """
 
 import triton
 import triton.language as tl
 
 from ._arrive import arrive
+from ._noise import key_at
+from ._sampling_bins import BINS, LINEAR, bin_of, bounds_of
+from ._sampling_contest import decide, enter, least_of, most_of, nobody
 from ._sampling_cut import kept_of, select, tile_of
-from ._sampling_short import GROUP, SHORT_K, list_kept
-from ._sampling_tokens import better, clean, first_best, key_of, mass_of, may_beat, scaled, scores
+from ._sampling_short import GROUP, SHORT_K, list_reached, settle_groups
+from ._sampling_tokens import better, clean, first_best, key_of, mass_of, scaled, scores, tile_at
 
 NO_TOKEN, BAD_OPTION = 4, 8
-BINS = 1024
 STATE = 16                                            # int32 a row: what one pass leaves for the next
 DONE, COUNT, LIST, ROW, SHORT = 0, 1, 2, 3, 4         # modes: drawn; to be counted; to be drawn with a list; from the row; from a list alone
 _INF = tl.constexpr(float("inf"))
 _LOWEST = tl.constexpr(-0x7F800001)                   # the key of -inf
-_LINEAR = tl.constexpr(768)                           # bins up to z = -16, 48 a unit; the others 16 an octave, up to z = -2^20
 _NO_TOKEN, _BAD_OPTION, _BINS, _STATE = tl.constexpr(NO_TOKEN), tl.constexpr(BAD_OPTION), tl.constexpr(BINS), tl.constexpr(STATE)
 _DONE, _COUNT, _LIST, _ROW, _SHORT = (tl.constexpr(mode) for mode in (DONE, COUNT, LIST, ROW, SHORT))
-_GROUP, _SHORT_K = tl.constexpr(GROUP), tl.constexpr(SHORT_K)
-
-
-@triton.jit
-def _bin_of(z):
-    """The bin of z = (x - top) / temperature, which never falls as x falls: fine where masses are, and wide enough for any temperature."""
-    far = ((z * -0.0625).to(tl.int32, bitcast=True) - 0x3F800000 >> 19) + _LINEAR
-    return tl.where(z > -16.0, (tl.maximum(z, -16.0) * -48.0).to(tl.int32), tl.minimum(far, _BINS - 1))
+_GROUP, _SHORT_K, _LINEAR = tl.constexpr(GROUP), tl.constexpr(SHORT_K), tl.constexpr(LINEAR)
 
 
 @triton.jit
@@ -76,13 +68,6 @@ def _put_cut(state, cut):
     tl.store(state + 11, cut[5])
 
 
-@triton.jit
-def _tile(logits_ptr, row, at, stride_lr, V: tl.constexpr, BLOCK: tl.constexpr):
-    """Ids and clean logits of BLOCK tokens from `at`."""
-    ids = at + tl.arange(0, BLOCK)                                                 # [BLOCK]
-    return ids, clean(tl.load(logits_ptr + row.to(tl.int64) * stride_lr + ids, ids < V, other=-_INF))
-
-
 @triton.jit(do_not_specialize_on_alignment=["temperature_ptr", "top_k_ptr", "top_p_ptr", "min_p_ptr", "typical_p_ptr", "seed_ptr", "position_ptr",
                                             "seq_lens_ptr", "status_ptr", "out_ptr"])
 def first_kernel(
@@ -98,12 +83,10 @@ def first_kernel(
     status_ptr,        # [R] int32, read and written
     out_ptr,           # [R] int32
     scores_ptr,        # [R, CHUNKS, 2] float64: a chunk's greatest logit and greatest score
-    partials_ptr,      # [R, CHUNKS, 3] int64: their ids, the second of which `draw` overwrites; see there for the third
-    counts_ptr,        # [R, BINS + 3] int32, zeros between launches: tokens a bin; programs that arrived in `first` and `count`; tokens listed
-    state_ptr,         # [R, STATE] int32: mode, greatest logit, then what `count` finds
+    partials_ptr,      # [R, CHUNKS, 3] int64: the group of the first, the id of the second; see `draw` for the third
+    counts_ptr,        # [R, BINS + 3] int32, zeros between launches: tokens a bin; programs that arrived in `first` and `reach`; tokens listed
+    state_ptr,         # [R, STATE] int32: mode, greatest logit, then what `reach` finds, the cut, and what it needs
     groups_ptr,        # [R, 2, GROUPS] int32: of each GROUP tokens the key of the greatest logit, and all masses in units of 2^-24 of its
-    list_x_ptr,        # [R, CAPACITY] float32
-    list_ids_ptr,      # [R, CAPACITY] int32
     stride_lr,
     V: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_C: tl.constexpr, GROUPS: tl.constexpr,
     BLOCK_G: tl.constexpr, CAPACITY: tl.constexpr, HAS_TYPICAL: tl.constexpr,
@@ -118,122 +101,120 @@ def first_kernel(
     options = (temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, typical_p_ptr)
     temperature, top_k, top_p, min_p, typical_p, good = _options(row, options, V, HAS_TYPICAL)
     cuts, keeps_few = (top_k < V) | (top_p < 1.0) | (typical_p < 1.0), (top_k <= _SHORT_K) & (top_k <= GROUPS // 4)
-    is_short = (keeps_few | ((top_k == V) & (top_p < 1.0))) & (typical_p == 1.0)
+    may_be_short = (keeps_few | (top_k == V)) & (typical_p == 1.0)
     draws_here = (temperature > 0.0) & (cuts == 0) & (min_p == 0.0)
-    seed, position = tl.load(seed_ptr + row), tl.load(position_ptr + row)
+    has_groups, has_masses = (temperature > 0.0) & (draws_here == 0), (top_k == V) & (top_p < 1.0) & (typical_p == 1.0)
+    seed, position, row_ptr = tl.load(seed_ptr + row), tl.load(position_ptr + row), logits_ptr + row.to(tl.int64) * stride_lr
+    key, standing = key_at(seed, position), nobody(V, BLOCK)
     tops, at_group = tl.full((BLOCK // _GROUP,), -_INF, tl.float32), tl.full((BLOCK // _GROUP,), 0, tl.int32)
-    score, token = tl.full((), -_INF, tl.float64), tl.full((), V, tl.int32)
+    reference = clean(tl.load(row_ptr + tl.minimum(chunk * CHUNK, V - 1)))         # any logit of the row keeps differences small
+    reference = tl.where(tl.abs(reference) < _INF, reference, 0.0)
     for at in tl.range(chunk * CHUNK, chunk * CHUNK + CHUNK, BLOCK, num_stages=4):
-        ids, x = _tile(logits_ptr, row, at, stride_lr, V, BLOCK)
+        ids, x = tile_at(row_ptr, at, V, BLOCK)
         tile = tl.reshape(x, (BLOCK // _GROUP, _GROUP))
         groups, group_tops = at // _GROUP + tl.arange(0, BLOCK // _GROUP), tl.max(tile, 1)
         at_group, tops = tl.where(group_tops > tops, groups, at_group), tl.maximum(tops, group_tops)
-        if is_short:
+        if has_groups:
             tl.store(groups_ptr + row * 2 * GROUPS + groups, key_of(group_tops), groups < GROUPS)
-            if top_k == V:
+            if has_masses:
                 z = scaled(tile, tl.where(group_tops > -_INF, group_tops, 0.0)[:, None], temperature)
                 masses = tl.sum((tl.exp(z) * 16777216.0 + 0.5).to(tl.int32), 1)
                 tl.store(groups_ptr + (row * 2 + 1) * GROUPS + groups, masses, groups < GROUPS)
         if draws_here:
-            if tl.max(may_beat(score, x, ids, temperature, seed, position).to(tl.int32), 0) == 1:
-                score, token = better(score, token, *first_best(scores(x, ids, x > -_INF, temperature, seed, position), ids, V))
+            standing = enter(standing, most_of(x, ids, x > -_INF, reference, temperature, key), ids)
     top, group = first_best(tops, at_group, V)
-    members, x = _tile(logits_ptr, row, group * _GROUP, stride_lr, V, _GROUP)
-    top_id = tl.min(tl.where(x == top, members, V - 1), 0)
+    score, token = tl.full((), -_INF, tl.float64), tl.full((), V, tl.int32)
+    if draws_here:
+        score, token, is_open = decide(standing, row_ptr, reference, temperature, seed, position, V)
+        for at in range(chunk * CHUNK, tl.where(is_open, chunk * CHUNK + CHUNK, 0), BLOCK):
+            ids, x = tile_at(row_ptr, at, V, BLOCK)
+            if tl.max(most_of(x, ids, x > -_INF, reference, temperature, key), 0) > least_of(score, reference, temperature):
+                score, token = better(score, token, *first_best(scores(x, ids, x > -_INF, temperature, seed, position), ids, V))
     partial = row * CHUNKS + chunk
     tl.store(scores_ptr + partial * 2, top.to(tl.float64))
     tl.store(scores_ptr + partial * 2 + 1, score)
-    tl.store(partials_ptr + partial * 3, top_id.to(tl.int64))
+    tl.store(partials_ptr + partial * 3, group.to(tl.int64))
     tl.store(partials_ptr + partial * 3 + 1, token.to(tl.int64))
     if arrive(counts_ptr + row * (_BINS + 3) + _BINS, CHUNKS):
-        greatest, likeliest = _merge(scores_ptr, partials_ptr, row, 0, V, CHUNKS, BLOCK_C)
-        _, drawn = _merge(scores_ptr, partials_ptr, row, 1, V, CHUNKS, BLOCK_C)
-        is_drawn, none = (temperature > 0.0) & (tl.abs(greatest) < _INF), greatest == -_INF
-        tl.store(out_ptr + row, tl.where(none, -1, tl.where(is_drawn & draws_here, drawn, likeliest)))
-        top, mode, listed = greatest.to(tl.float32), tl.where(cuts, _COUNT, _LIST), tl.full((), 0, tl.int32)
-        if is_short & is_drawn:
-            lists = row.to(tl.int64) * CAPACITY
-            listed, beyond = list_kept(logits_ptr + row.to(tl.int64) * stride_lr, groups_ptr + row * 2 * GROUPS, list_x_ptr + lists,
-                                       list_ids_ptr + lists, top, temperature, top_k, top_p, V, BLOCK, GROUPS, BLOCK_G, CAPACITY)
-            mode, listed = tl.where(listed < 0, _COUNT, _SHORT), tl.maximum(listed, 0)
-            tl.store(partials_ptr + row * CHUNKS * 3, beyond)
-        tl.store(state, tl.where(is_drawn & (draws_here == 0), mode, _DONE))
+        greatest, group = _merge(scores_ptr, partials_ptr, row, 0, V, CHUNKS, BLOCK_C)
+        top, none, mode = greatest.to(tl.float32), greatest == -_INF, tl.full((), _DONE, tl.int32)
+        is_drawn = (temperature > 0.0) & (tl.abs(greatest) < _INF)
+        if is_drawn & (draws_here == 0):
+            serves, bound, least, total, scale, offset = settle_groups(
+                groups_ptr + row * 2 * GROUPS, top, temperature, top_k, top_p, min_p, may_be_short, has_masses, V, GROUPS, BLOCK_G, CAPACITY)
+            mode = tl.where(serves, _SHORT, tl.where(cuts, _COUNT, _LIST))
+            tl.store(state + 12, tl.where(serves, bound, scale.to(tl.int32, bitcast=True)))
+            tl.store(state + 13, tl.where(serves, least.to(tl.int32, bitcast=True), offset))
+            tl.store(state + 14, (total & 0xFFFFFFFF).to(tl.int32))
+            tl.store(state + 15, (total >> 32).to(tl.int32))
+            offs = tl.arange(0, 8)                                                 # every bin surely kept
+            tl.store(state + offs, _BINS, (offs >= 2) & (offs < 5))
+        else:
+            _, token = _merge(scores_ptr, partials_ptr, row, 1, V, CHUNKS, BLOCK_C)
+            if is_drawn == 0:
+                members, x = tile_at(row_ptr, group * _GROUP, V, _GROUP)
+                token = tl.min(tl.where(x == top, members, V - 1), 0)
+            tl.store(out_ptr + row, tl.where(none, -1, token))
+        tl.store(state, mode)
         tl.store(state + 1, top.to(tl.int32, bitcast=True))
         _put_cut(state, (tl.full((), _LOWEST, tl.int32), V, 0.0, tl.full((), 0.0, tl.float32), tl.full((), -2**31, tl.int32), V))
-        offs = tl.arange(0, 8)                                                     # every bin surely kept
-        tl.store(state + offs, tl.where(offs < 5, _BINS, listed), (offs >= 2) & (offs < 7))
         flags = tl.where(none, _NO_TOKEN, 0) | tl.where(good, 0, _BAD_OPTION)
         tl.store(status_ptr + row, tl.load(status_ptr + row) | flags)
 
 
-@triton.jit
-def _edge(bins):
-    """How far from 0 z begins in a bin."""
-    far = (((bins - _LINEAR) << 19) + 0x3F800000).to(tl.float32, bitcast=True) * 16.0
-    return tl.where(bins >= _BINS, _INF, tl.where(bins < _LINEAR, bins.to(tl.float32) / 48.0, far))
-
-
-@triton.jit
-def _bounds(counts, total, top_k, top_p, is_typical):
-    """Where the kept prefix may end: first and last bin of the mass's end, bin of the count's end, how many listed tokens the count leaves, and how
-    many are listed, those of all these bins. A bin's edges bound its mass, so the prefix up to a bin is known from its head and, with the total,
-    from its tail: to 2 % of the smaller of the two. 2e-5 covers the rounding of masses and sums."""
-    bins = tl.arange(0, _BINS)                                                     # [BINS]
-    through = tl.cumsum(counts, 0)
-    k_bin = tl.min(tl.where(through >= top_k, bins, _BINS), 0)
-    head_most = tl.cumsum(counts.to(tl.float32) * tl.exp(-_edge(bins)), 0)
-    head_least = tl.cumsum(counts.to(tl.float32) * tl.exp(-_edge(bins + 1)), 0)
-    most = tl.minimum(head_most, total - (tl.max(head_least, 0) - head_least))
-    least = tl.maximum(head_least, total - (tl.max(head_most, 0) - head_most))
-    slack = 2e-5 * total + 1e-4
-    need_least = top_p * tl.maximum(tl.max(tl.where(bins < k_bin, least, 0.0), 0), 1.0) - slack    # the greatest token alone has mass 1
-    need_most = top_p * tl.max(tl.where(bins <= k_bin, most, 0.0), 0) + slack
-    has_p = top_p < 1.0
-    first = tl.where(is_typical, 0, tl.where(has_p, tl.min(tl.where(most >= need_least, bins, k_bin), 0), k_bin))
-    last = tl.where(has_p, tl.min(tl.where(least >= need_most, bins, k_bin), 0), k_bin)
-    first, last = tl.minimum(first, k_bin), tl.minimum(last, k_bin)
-    listed = ((bins >= first) & (bins <= last)) | (bins == k_bin)
-    before = tl.sum(tl.where((bins < k_bin) & (listed == 0), counts, 0), 0)
-    return first, last, k_bin, top_k - before, tl.sum(tl.where(listed, counts, 0), 0)
-
-
 @triton.jit(do_not_specialize_on_alignment=["temperature_ptr", "top_k_ptr", "top_p_ptr", "min_p_ptr", "typical_p_ptr"])
-def count_kernel(
+def reach_kernel(
     logits_ptr, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, typical_p_ptr,                                     # as in first_kernel
-    partials_ptr,      # [R, CHUNKS, 3]: the first is the chunk's mass
-    counts_ptr, state_ptr, stride_lr,
-    V: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_C: tl.constexpr, CAPACITY: tl.constexpr,
-    HAS_TYPICAL: tl.constexpr,
+    partials_ptr,      # [R, CHUNKS, 3]: the chunk's mass, that below the linear bins, and that above all bins
+    counts_ptr, state_ptr, groups_ptr,                                                                               # as in first_kernel
+    list_x_ptr,        # [R, ROOM] float32: CAPACITY tokens, and room for `select`
+    list_ids_ptr,      # [R, ROOM] int32
+    stride_lr,
+    V: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_C: tl.constexpr, GROUPS: tl.constexpr,
+    CAPACITY: tl.constexpr, ROOM: tl.constexpr, HAS_TYPICAL: tl.constexpr,
 ):
     chunk, row = tl.program_id(0) % CHUNKS, tl.program_id(0) // CHUNKS
-    state, counts_ptr = state_ptr + row * _STATE, counts_ptr + row * (_BINS + 3)
-    if tl.load(state) != _COUNT:
+    state, counts_ptr, row_ptr = state_ptr + row * _STATE, counts_ptr + row * (_BINS + 3), logits_ptr + row.to(tl.int64) * stride_lr
+    mode, top, one, two = tl.load(state), tl.load(state + 1).to(tl.float32, bitcast=True), tl.load(state + 12), tl.load(state + 13)
+    if (mode != _COUNT) & (mode != _SHORT):
         return
     options = (temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, typical_p_ptr)
     temperature, top_k, top_p, _, typical_p, _ = _options(row, options, V, HAS_TYPICAL)
-    top, bins = tl.load(state + 1).to(tl.float32, bitcast=True), tl.arange(0, _BINS)
-    counts, mass = tl.zeros((_BINS,), tl.int32), tl.zeros((BLOCK,), tl.int64)
-    for at in tl.range(chunk * CHUNK, chunk * CHUNK + CHUNK, BLOCK):
-        x = _tile(logits_ptr, row, at, stride_lr, V, BLOCK)[1]
-        z = scaled(x, top, temperature)
-        counts += tl.histogram(_bin_of(z), _BINS, x > -_INF)                       # z of a far token may be -inf, and the token counts
-        mass += mass_of(z)
-    tl.atomic_add(counts_ptr + bins, counts, counts > 0, sem="relaxed")
-    tl.store(partials_ptr + (row * CHUNKS + chunk) * 3, tl.sum(mass, 0))
-    if arrive(counts_ptr + _BINS + 1, CHUNKS):
-        counts = tl.load(counts_ptr + bins, cache_modifier=".cg")
-        tl.debug_barrier()                                                         # the threads that clear bins are not those that read them
-        tl.store(counts_ptr + bins, tl.zeros((_BINS,), tl.int32))
-        total = _sum_of(partials_ptr, row, 0, CHUNKS, BLOCK_C).to(tl.float32) * 2.3283064365386963e-10
-        # Where top_k is off, more than there are, so that no bin is its end
-        first, last, k_bin, k_left, listed = _bounds(counts, total, tl.where(top_k < V, top_k, V + 1), top_p, typical_p < 1.0)
-        fits = listed <= CAPACITY
-        tl.store(state, tl.where(fits, _LIST, _ROW))
-        tl.store(state + 2, first)
-        tl.store(state + 3, last)
-        tl.store(state + 4, k_bin)
-        tl.store(state + 5, tl.where(fits, k_left, top_k))
-        tl.store(state + 6, tl.where(fits, listed, V))
+    if mode == _SHORT:
+        lists = row.to(tl.int64) * ROOM
+        list_reached(row_ptr, groups_ptr + row * 2 * GROUPS, list_x_ptr + lists, list_ids_ptr + lists, counts_ptr + _BINS + 2, top, temperature, one,
+                     two.to(tl.float32, bitcast=True), chunk * (CHUNK // _GROUP), V, BLOCK, GROUPS, CHUNK // _GROUP, CAPACITY)
+    else:
+        scale, offset, bins = one.to(tl.float32, bitcast=True), two, tl.arange(0, _BINS)
+        zeros = tl.zeros((BLOCK,), tl.float32)
+        counts, mass, above, below = tl.zeros((_BINS,), tl.int32), zeros, zeros, zeros
+        for at in tl.range(chunk * CHUNK, chunk * CHUNK + CHUNK, BLOCK):
+            x = tile_at(row_ptr, at, V, BLOCK)[1]
+            z = scaled(x, top, temperature)
+            place, weight = bin_of(z, scale, offset), tl.exp(z)
+            counts += tl.histogram(tl.maximum(place, 0), _BINS, (x > -_INF) & (place >= 0))        # z of far tokens may be -inf: they count
+            mass, above, below = mass + weight, above + tl.where(place < 0, weight, 0.0), below + tl.where(place >= _LINEAR, weight, 0.0)
+        tl.atomic_add(counts_ptr + bins, counts, counts > 0, sem="relaxed")
+        partial = partials_ptr + (row * CHUNKS + chunk) * 3
+        tl.store(partial, (tl.sum(mass, 0).to(tl.float64) * 4294967296.0).to(tl.int64))
+        tl.store(partial + 1, (tl.sum(below, 0).to(tl.float64) * 4294967296.0).to(tl.int64))
+        tl.store(partial + 2, (tl.sum(above, 0).to(tl.float64) * 4294967296.0).to(tl.int64))
+        if arrive(counts_ptr + _BINS + 1, CHUNKS):
+            counts = tl.load(counts_ptr + bins, cache_modifier=".cg")
+            tl.debug_barrier()                                                     # the threads that clear bins are not those that read them
+            tl.store(counts_ptr + bins, tl.zeros((_BINS,), tl.int32))
+            total = _sum_of(partials_ptr, row, 0, CHUNKS, BLOCK_C).to(tl.float32) * 2.3283064365386963e-10
+            far = _sum_of(partials_ptr, row, 1, CHUNKS, BLOCK_C).to(tl.float32) * 2.3283064365386963e-10
+            near = _sum_of(partials_ptr, row, 2, CHUNKS, BLOCK_C).to(tl.float32) * 2.3283064365386963e-10
+            # Where top_k is off, more than there are, so that no bin is its end
+            first, last, k_bin, k_left, listed = bounds_of(counts, near, far, total, scale, offset, tl.where(top_k < V, top_k, V + 1),
+                                                           top_p, typical_p < 1.0)
+            fits = listed <= CAPACITY
+            tl.store(state, tl.where(fits, _LIST, _ROW))
+            tl.store(state + 2, first)
+            tl.store(state + 3, last)
+            tl.store(state + 4, k_bin)
+            tl.store(state + 5, tl.where(fits, k_left, top_k))
 
 
 @triton.jit(do_not_specialize_on_alignment=["temperature_ptr", "top_k_ptr", "top_p_ptr", "min_p_ptr", "typical_p_ptr", "seed_ptr", "position_ptr"])
@@ -241,41 +222,46 @@ def draw_kernel(
     logits_ptr, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, typical_p_ptr, seed_ptr, position_ptr,             # as in first_kernel
     scores_ptr,        # [R, CHUNKS, 2]: the second is written
     partials_ptr,      # [R, CHUNKS, 3]: mass surely kept, id of the greatest score, mass that counts in the total only
-    counts_ptr, state_ptr, list_x_ptr, list_ids_ptr, stride_lr,                                                      # as in first_kernel
-    V: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr, CAPACITY: tl.constexpr, HAS_TYPICAL: tl.constexpr,
+    counts_ptr, state_ptr, list_x_ptr, list_ids_ptr, stride_lr,                                                      # as in reach_kernel
+    V: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr, ROOM: tl.constexpr, HAS_TYPICAL: tl.constexpr,
 ):
     chunk, row = tl.program_id(0) % CHUNKS, tl.program_id(0) // CHUNKS
-    state = state_ptr + row * _STATE
+    state, row_ptr = state_ptr + row * _STATE, logits_ptr + row.to(tl.int64) * stride_lr
     if tl.load(state) != _LIST:
         return
     options = (temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, typical_p_ptr)
     temperature, _, _, min_p, _, _ = _options(row, options, V, HAS_TYPICAL)
     seed, position = tl.load(seed_ptr + row), tl.load(position_ptr + row)
-    top = tl.load(state + 1).to(tl.float32, bitcast=True)
+    key, standing, top = key_at(seed, position), nobody(V, BLOCK), tl.load(state + 1).to(tl.float32, bitcast=True)
     first, last, k_bin = tl.load(state + 2), tl.load(state + 3), tl.load(state + 4)
-    score, token = tl.full((), -_INF, tl.float64), tl.full((), V, tl.int32)
-    sure, beyond = tl.full((), 0, tl.int64), tl.full((), 0, tl.int64)
+    scale, offset = tl.load(state + 12).to(tl.float32, bitcast=True), tl.load(state + 13)
+    sure, beyond = tl.zeros((BLOCK,), tl.int64), tl.zeros((BLOCK,), tl.int64)
     for at in tl.range(chunk * CHUNK, chunk * CHUNK + CHUNK, BLOCK):
-        ids, x = _tile(logits_ptr, row, at, stride_lr, V, BLOCK)
+        ids, x = tile_at(row_ptr, at, V, BLOCK)
         z = scaled(x, top, temperature)
-        live, bins, mass = x > -_INF, _bin_of(z), mass_of(z)
+        live, bins, mass = x > -_INF, bin_of(z, scale, offset), mass_of(z)
         is_sure, is_beyond = live & (bins < first), live & (bins > last) & (bins < k_bin)
         listed = live & (bins >= first) & ((bins <= last) | (bins == k_bin))
-        sure, beyond = sure + tl.sum(tl.where(is_sure, mass, 0), 0), beyond + tl.sum(tl.where(is_beyond, mass, 0), 0)
-        kept = is_sure & (tl.exp(z) >= min_p)
-        if tl.max((kept & may_beat(score, x, ids, temperature, seed, position)).to(tl.int32), 0) == 1:
-            score, token = better(score, token, *first_best(scores(x, ids, kept, temperature, seed, position), ids, V))
+        sure, beyond = sure + tl.where(is_sure, mass, 0), beyond + tl.where(is_beyond, mass, 0)
+        standing = enter(standing, most_of(x, ids, is_sure & (tl.exp(z) >= min_p), top, temperature, key), ids)
         count = tl.sum(listed.to(tl.int32), 0)
         if count > 0:
             place = tl.atomic_add(counts_ptr + row * (_BINS + 3) + _BINS + 2, count, sem="relaxed") + tl.cumsum(listed.to(tl.int32), 0) - 1
-            place = row.to(tl.int64) * CAPACITY + place
+            place = row.to(tl.int64) * ROOM + place
             tl.store(list_x_ptr + place, x, listed)
             tl.store(list_ids_ptr + place, ids, listed)
+    score, token, is_open = decide(standing, row_ptr, top, temperature, seed, position, V)
+    for at in range(chunk * CHUNK, tl.where(is_open, chunk * CHUNK + CHUNK, 0), BLOCK):
+        ids, x = tile_at(row_ptr, at, V, BLOCK)
+        z = scaled(x, top, temperature)
+        kept = (x > -_INF) & (bin_of(z, scale, offset) < first) & (tl.exp(z) >= min_p)
+        if tl.max(most_of(x, ids, kept, top, temperature, key), 0) > least_of(score, top, temperature):
+            score, token = better(score, token, *first_best(scores(x, ids, kept, temperature, seed, position), ids, V))
     partial = row * CHUNKS + chunk
     tl.store(scores_ptr + partial * 2 + 1, score)
-    tl.store(partials_ptr + partial * 3, sure)
+    tl.store(partials_ptr + partial * 3, tl.sum(sure, 0))
     tl.store(partials_ptr + partial * 3 + 1, token.to(tl.int64))
-    tl.store(partials_ptr + partial * 3 + 2, beyond)
+    tl.store(partials_ptr + partial * 3 + 2, tl.sum(beyond, 0))
 
 
 @triton.jit(do_not_specialize_on_alignment=["temperature_ptr", "top_k_ptr", "top_p_ptr", "min_p_ptr", "typical_p_ptr", "seed_ptr", "position_ptr",
@@ -283,35 +269,47 @@ def draw_kernel(
 def select_kernel(
     logits_ptr, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, typical_p_ptr, seed_ptr, position_ptr, out_ptr,    # as in first_kernel
     scores_ptr, partials_ptr, counts_ptr, state_ptr, list_x_ptr, list_ids_ptr, stride_lr,                            # as in draw_kernel
-    V: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_C: tl.constexpr, CAPACITY: tl.constexpr, RANKED: tl.constexpr,
-    HAS_TYPICAL: tl.constexpr,
+    V: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_C: tl.constexpr, CAPACITY: tl.constexpr, ROOM: tl.constexpr,
+    RANKED: tl.constexpr, HAS_TYPICAL: tl.constexpr,
 ):
     row = tl.program_id(0)
-    state = state_ptr + row * _STATE
-    mode = tl.load(state)
-    if mode == _DONE:
-        return
-    tl.store(counts_ptr + row * (_BINS + 3) + _BINS + 2, 0)
+    state, counter = state_ptr + row * _STATE, counts_ptr + row * (_BINS + 3) + _BINS + 2
+    # All of it at once, before a branch depends on any
+    mode, top, count, k_left, k_bin = tl.load(state), tl.load(state + 1), tl.load(counter), tl.load(state + 5), tl.load(state + 4)
+    known = (tl.load(state + 15).to(tl.int64) << 32) | (tl.load(state + 14).to(tl.int64) & 0xFFFFFFFF)
     options = (temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, typical_p_ptr)
     temperature, top_k, top_p, min_p, typical_p, _ = _options(row, options, V, HAS_TYPICAL)
     seed, position = tl.load(seed_ptr + row), tl.load(position_ptr + row)
-    top, count = tl.load(state + 1).to(tl.float32, bitcast=True), tl.load(state + 6)
-    k_left = tl.where(mode == _SHORT, top_k, tl.load(state + 5))
-    # Else fewer tokens than top_k have a logit
-    has_k = (top_k < V) & ((mode == _ROW) | tl.where(mode == _SHORT, count > top_k, tl.load(state + 4) < _BINS))
+    if mode == _DONE:
+        return
+    tl.debug_barrier()                                                             # every thread has the count before it is cleared
+    tl.store(counter, 0)
+    is_row, is_short, top = mode == _ROW, mode == _SHORT, top.to(tl.float32, bitcast=True)
+    count, k_left, known = tl.where(is_row, V, tl.minimum(count, CAPACITY)), tl.where(is_short, top_k, k_left), tl.where(is_short, known, 0)
+    has_k = (top_k < V) & (is_row | tl.where(is_short, count > top_k, k_bin < _BINS))          # else fewer tokens than top_k have a logit
     sure, beyond, score, token = tl.full((), 0, tl.int64), tl.full((), 0, tl.int64), tl.full((), -_INF, tl.float64), tl.full((), V, tl.int32)
     if mode == _LIST:
         sure, beyond = _sum_of(partials_ptr, row, 0, CHUNKS, BLOCK_C), _sum_of(partials_ptr, row, 2, CHUNKS, BLOCK_C)
         score, token = _merge(scores_ptr, partials_ptr, row, 1, V, CHUNKS, BLOCK_C)
-    if mode == _SHORT:
-        beyond = tl.load(partials_ptr + row * CHUNKS * 3)
-    lists = row.to(tl.int64) * CAPACITY
-    source = (list_x_ptr + lists, list_ids_ptr + lists, logits_ptr + row.to(tl.int64) * stride_lr, count, mode == _ROW)
-    cut = select(source, sure, beyond, k_left, has_k, top, temperature, top_p, min_p, typical_p, V, BLOCK, RANKED, HAS_TYPICAL)
-    for start in range(0, count, RANKED):                                          # a short list in one turn
-        ids, x, z = tile_of(source, start, top, temperature, V, RANKED)
+    lists = row.to(tl.int64) * ROOM
+    list_x_ptr, list_ids_ptr = list_x_ptr + lists, list_ids_ptr + lists
+    source = (list_x_ptr, list_ids_ptr, logits_ptr + row.to(tl.int64) * stride_lr, count, is_row, list_x_ptr + CAPACITY, list_ids_ptr + CAPACITY)
+    cut = select(source, known, sure, beyond, k_left, has_k, top, temperature, top_p, min_p, typical_p, V, BLOCK, RANKED, HAS_TYPICAL)
+    if count <= RANKED:
+        ids, x, z = tile_of(source, 0, top, temperature, V, RANKED)
         kept = kept_of(ids, x, z, cut, HAS_TYPICAL)
         score, token = better(score, token, *first_best(scores(x, ids, kept, temperature, seed, position), ids, V))
+    else:
+        key, standing = key_at(seed, position), nobody(V, BLOCK)
+        for start in range(0, count, BLOCK):
+            ids, x, z = tile_of(source, start, top, temperature, V, BLOCK)
+            standing = enter(standing, most_of(x, ids, kept_of(ids, x, z, cut, HAS_TYPICAL), top, temperature, key), ids)
+        next_score, next_token, is_open = decide(standing, source[2], top, temperature, seed, position, V)
+        score, token = better(score, token, next_score, next_token)
+        for start in range(0, tl.where(is_open, count, 0), RANKED):
+            ids, x, z = tile_of(source, start, top, temperature, V, RANKED)
+            kept = kept_of(ids, x, z, cut, HAS_TYPICAL)
+            score, token = better(score, token, *first_best(scores(x, ids, kept, temperature, seed, position), ids, V))
     tl.store(out_ptr + row, token)
     _put_cut(state, cut)
 
@@ -338,7 +336,7 @@ def probs_kernel(
         total = tl.maximum(_sum_of(partials_ptr, row, 0, CHUNKS, BLOCK_C), 1)
     for at in tl.range(chunk * CHUNK, chunk * CHUNK + CHUNK, BLOCK):
         if is_drawn:
-            ids, x = _tile(logits_ptr, row, at, stride_lr, V, BLOCK)
+            ids, x = tile_at(logits_ptr + row.to(tl.int64) * stride_lr, at, V, BLOCK)
             z = scaled(x, top, temperature)
             mass = tl.where(kept_of(ids, x, z, cut, HAS_TYPICAL), mass_of(z), 0)
         else:                                                                      # all on the token; nothing where there is none

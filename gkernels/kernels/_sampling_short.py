@@ -1,64 +1,113 @@
-"""How sampling lists all tokens that a row may keep, where they are few, without another pass over the row.
+"""What a row's groups tell of the end of its kept prefix, and how all programs of a row list the tokens that it may keep, where these are few.
 
 Each group's greatest logit is a token of its own. So none below the top_k-th of these can be among the top_k tokens, and none below the least of
-those that together have top_p of all mass can be in that prefix: only groups that reach the bound are read, some top_k of the thousands.
+those that together have top_p of all mass can be in that prefix. What min_p keeps is bounded by the greatest logit alone. Only groups that reach the
+bound are read again, some top_k of the thousands.
 """
 
 import triton
 import triton.language as tl
 
-from ._sampling_tokens import clean, key_of, logit_of, mass_of, scaled
+from ._sampling_bins import LINEAR
+from ._sampling_tokens import clean, key_of, logit_of, scaled
 
 GROUP = 32                                            # tokens: 128 bytes of float32, what a read of single groups moves anyway
-_GROUP = tl.constexpr(GROUP)
+_GROUP, _LINEAR = tl.constexpr(GROUP), tl.constexpr(LINEAR)
 SHORT_K = 224                                         # greatest top_k that is served
-_MOST_GROUPS = tl.constexpr(256)                      # that one program reads: 1500 of them take it 40 us, and two passes by all programs 15
 _INF = tl.constexpr(float("inf"))
 _LOWEST = tl.constexpr(-0x7F800001)                   # the key of -inf
+_FIELD = tl.constexpr(2097151)                        # 21 bits: three sums in one int64
+_UNITS = tl.constexpr(1048576.0)                      # of all mass; 8192 groups, each rounded up, stay below 2^21
 
 
 @triton.jit
 def _bound(keys, weights, need, slack):
-    """A key that weights of at least `need` reach, and not much more than `slack` above; the least of all keys where they cannot."""
-    low, high, reached = tl.min(keys, 0).to(tl.int64), tl.max(keys, 0).to(tl.int64) + 1, tl.full((), 0x7FFFFFFF, tl.int32)
+    """Two keys and a weight: that at or above the first, which reaches `need`, and if it can not much more than `slack` above; that from the
+    second on does not. The weight of all where they cannot. A round halves the keys between twice; weights sum below 2^21."""
+    low, high = tl.min(tl.where(keys > _LOWEST, keys, 0x7FFFFFFF), 0), tl.max(keys, 0).to(tl.int64) + 1
+    reached = tl.sum(tl.where(keys >= low, weights, 0), 0)
+    if reached < need:                                 # groups without a logit count too
+        low, reached = tl.full((), _LOWEST, tl.int32), tl.sum(weights, 0)
+    low, weights = low.to(tl.int64), weights.to(tl.int64)
     while (high - low > 1) & (reached - need > slack):
-        middle = (low + high) >> 1
-        weight = tl.sum(tl.where(keys >= middle, weights, 0), 0)
-        low, high, reached = tl.where(weight >= need, middle, low), tl.where(weight >= need, high, middle), tl.where(weight >= need, weight, reached)
-    return low
+        step = tl.maximum((high - low) >> 2, 1)
+        first, second, third = low + step, tl.minimum(low + 2 * step, high - 1), tl.minimum(low + 3 * step, high - 1)
+        packed = tl.where(keys >= first, weights, 0) + tl.where(keys >= second, weights << 21, 0) + tl.where(keys >= third, weights << 42, 0)
+        packed = tl.sum(packed, 0)
+        a, b, c = (packed & _FIELD).to(tl.int32), ((packed >> 21) & _FIELD).to(tl.int32), (packed >> 42).to(tl.int32)
+        high = tl.where(c >= need, high, tl.where(b >= need, third, tl.where(a >= need, second, first)))
+        low = tl.where(c >= need, third, tl.where(b >= need, second, tl.where(a >= need, first, low)))
+        reached = tl.where(c >= need, c, tl.where(b >= need, b, tl.where(a >= need, a, reached)))
+    return low, high, reached
 
 
 @triton.jit
-def list_kept(row_ptr, groups_ptr, list_x_ptr, list_ids_ptr, top, temperature, top_k, top_p, V: tl.constexpr, BLOCK: tl.constexpr,
-              GROUPS: tl.constexpr, BLOCK_G: tl.constexpr, CAPACITY: tl.constexpr):
-    """Lists all tokens that top_k, or else top_p, may keep, in the order of their ids. Returns how many they are, -1 where this way does not serve,
-    and without top_k the mass of all others. Where the groups' keys were it leaves the ids of the groups that it read."""
+def settle_groups(groups_ptr, top, temperature, top_k, top_p, min_p, may_be_short, has_masses, V: tl.constexpr, GROUPS: tl.constexpr,
+                  BLOCK_G: tl.constexpr, CAPACITY: tl.constexpr):
+    """From the greatest logit of each group, and where there are masses from these:
+    whether all tokens that the row may keep are few enough for its list; the key and the z that they reach; the mass of the row, 0 where it is not
+    known; and, for rows where they are not few, the scale and the offset of their bins."""
     offs, has_k = tl.arange(0, BLOCK_G), top_k < V                                 # [BLOCK_G]
     keys = tl.load(groups_ptr + offs, offs < GROUPS, other=_LOWEST, cache_modifier=".cg")       # pads without mass, as a NaN's is not
-    weights, need, slack, total = (offs < GROUPS).to(tl.int32), top_k, tl.full((), 14, tl.int32), tl.full((), 0, tl.int64)
-    if has_k == 0:
-        z = scaled(logit_of(keys), top, temperature)
-        masses = tl.load(groups_ptr + GROUPS + offs, offs < GROUPS, other=0, cache_modifier=".cg")
+    z = scaled(logit_of(keys), top, temperature)
+    greatest, masses = tl.exp(z), tl.full((BLOCK_G,), 33554432.0, tl.float32)      # 32 tokens as great as a group's greatest, where nothing is known
+    weights, need, slack, total = (offs < GROUPS).to(tl.int32), top_k, tl.full((), 8, tl.int32), tl.full((), 0, tl.int64)
+    low, reached, units = tl.full((), _LOWEST, tl.int64), tl.full((), 0, tl.int32), tl.full((), 0.0, tl.float32)
+    if has_masses:
         # Whole numbers, of a group in units of 2^-24 of its greatest: the total depends on no chunk and no order
-        total = tl.sum((tl.exp(z) * masses.to(tl.float32) * 256.0 + 0.5).to(tl.int64), 0)
-        weights = tl.where(offs < GROUPS, mass_of(z) >> 15, 0).to(tl.int32)        # of 8192 groups below 2^30; rounded down, the need up
-        need = (tl.ceil(top_p.to(tl.float64) * total.to(tl.float64)) * 3.0517578125e-05).to(tl.int32) + 1
+        masses = tl.load(groups_ptr + GROUPS + offs, offs < GROUPS, other=0, cache_modifier=".cg").to(tl.float32)
+        total = tl.sum((greatest * masses * 256.0 + 0.5).to(tl.int64), 0)
+        masses = masses * 5.9604644775390625e-08
+        units = _UNITS / (total.to(tl.float32) * 2.3283064365386963e-10)
+        weights = tl.where(offs < GROUPS, greatest * units * 0.99999, 0.0).to(tl.int32)                # rounded down, and the need up
+        need = (top_p * _UNITS * 1.00001).to(tl.int32) + 2
         slack = need // 128
-    bound = _bound(keys, weights, need, slack)
-    reaches = (keys >= bound) & (offs < GROUPS)
+    if (has_k & may_be_short) | has_masses:
+        low, _, reached = _bound(keys, weights, need, slack)
+        reached -= need
+    # tl.exp is off by a few 2^-22; with top_k all of its tokens have to be known, for their mass
+    least = tl.where((min_p >= 1e-37) & (has_k == 0), tl.log(tl.maximum(min_p, 1e-37)) - 1e-3, -_INF)
+    bound = tl.where(reached >= 0, low, _LOWEST).to(tl.int32)
+    edge = tl.maximum(scaled(logit_of(bound), top, temperature), least)
+    # A group's tokens above the edge have at least exp(edge) each, its greatest aside
+    above = tl.minimum(tl.maximum(z, -3e38) - tl.maximum(edge, -3e38), 80.0)
+    most = 1.0 + tl.minimum(31.0, (masses - 1.0 + 4e-6) * tl.exp(above) * 1.0001)
+    most = tl.where(has_masses, most, 32.0)
+    reaches = (keys >= bound) & (z >= least) & (offs < GROUPS)
+    serves = may_be_short & ((reached >= 0) | (least > -_INF)) & (tl.sum(tl.where(reaches, most, 0.0), 0) <= CAPACITY)
+    # Bins: over the distances of the groups' greatest, which hold the end of a top_k; with top_p alone, over where its end may be
+    width = tl.minimum(tl.maximum(-tl.min(tl.where(keys > _LOWEST, z, 0.0), 0), 1e-6), 16.0)
+    start = tl.full((), 0.0, tl.float32)
+    if has_masses & (serves == 0):
+        # All tokens of a group count from its greatest on
+        weights = tl.where(offs < GROUPS, greatest * masses * units * 1.00001 + 1.0, 0.0).to(tl.int32)
+        _, high, _ = _bound(keys, weights, (top_p * _UNITS * 0.9999).to(tl.int32), slack)
+        start = tl.minimum(-scaled(logit_of(tl.minimum(high, 0x7F7FFFFF).to(tl.int32)), top, temperature), 64.0)
+        # Below `stop`, V tokens have less than 1 - top_p
+        stop = -tl.log((1.0 - top_p) * total.to(tl.float32) * 2.3283064365386963e-10 / V)
+        start = tl.maximum(start, 0.0)
+        width = tl.maximum(stop - start, 1e-5 * start + 1e-6)
+    scale = _LINEAR / width
+    return serves, bound, least, total, scale, tl.maximum((start * scale).to(tl.int32) - 1, 0)
+
+
+@triton.jit
+def list_reached(row_ptr, groups_ptr, list_x_ptr, list_ids_ptr, counter_ptr, top, temperature, bound, least, first_group, V: tl.constexpr,
+                 BLOCK: tl.constexpr, GROUPS: tl.constexpr, COUNT: tl.constexpr, CAPACITY: tl.constexpr):
+    """Lists the tokens of COUNT groups that reach the bound, in no order. Where the groups' keys were it leaves the ids of those that it read."""
+    groups = first_group + tl.arange(0, COUNT)                                     # [COUNT]
+    keys = tl.load(groups_ptr + groups, groups < GROUPS, other=_LOWEST)
+    reaches = (keys >= bound) & (scaled(logit_of(keys), top, temperature) >= least) & (groups < GROUPS)
     num_groups = tl.sum(reaches.to(tl.int32), 0)
-    serves = (tl.sum(tl.where(reaches, weights, 0), 0) >= need) & (num_groups <= _MOST_GROUPS)
     tl.debug_barrier()                                                             # every thread has its keys before ids take their place
-    tl.store(groups_ptr + tl.cumsum(reaches.to(tl.int32), 0) - 1, offs, reaches & serves)
+    tl.store(groups_ptr + first_group + tl.cumsum(reaches.to(tl.int32), 0) - 1, groups, reaches)
     tl.debug_barrier()
-    count, mass = tl.full((), 0, tl.int32), tl.full((), 0, tl.int64)
-    for start in range(0, tl.where(serves, num_groups, 0), BLOCK // _GROUP):
+    for start in range(0, num_groups, BLOCK // _GROUP):
         place = start + tl.arange(0, BLOCK) // _GROUP                              # [BLOCK]
-        ids = tl.load(groups_ptr + place, place < num_groups, other=V) * _GROUP + tl.arange(0, BLOCK) % _GROUP
+        ids = tl.load(groups_ptr + first_group + place, place < num_groups, other=V) * _GROUP + tl.arange(0, BLOCK) % _GROUP
         x = clean(tl.load(row_ptr + ids, (place < num_groups) & (ids < V), other=-_INF))
-        listed = (key_of(x) >= bound) & (x > -_INF)
-        at = count + tl.cumsum(listed.to(tl.int32), 0) - 1
+        listed = (key_of(x) >= bound) & (scaled(x, top, temperature) >= least) & (x > -_INF)
+        ranks = tl.cumsum(listed.to(tl.int32), 0)
+        at = tl.atomic_add(counter_ptr, tl.max(ranks, 0), sem="relaxed") + ranks - 1
         tl.store(list_x_ptr + at, x, listed & (at < CAPACITY))
         tl.store(list_ids_ptr + at, ids, listed & (at < CAPACITY))
-        count, mass = count + tl.sum(listed.to(tl.int32), 0), mass + tl.sum(tl.where(listed, mass_of(scaled(x, top, temperature)), 0), 0)
-    return tl.where(serves & (count <= CAPACITY), count, -1), tl.where(has_k, 0, tl.maximum(total - mass, 0))

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from ._noise import gumbel, random_bits
+from ._noise import gumbel
 
 _INF = tl.constexpr(float("inf"))
 
@@ -61,11 +61,7 @@ def scores(x, ids, kept, temperature, seed, position):
 
 
 @triton.jit
-def may_beat(score, x, ids, temperature, seed, position):
-    """False only where x / temperature + noise is surely below a score, at a third of what the noise costs. With noise -log(E), E = -log(1 - v) > v,
-    a token that beats it has v < exp(x / temperature - score). The margins are 2^-18 of the terms, and cover their rounding."""
-    v = ((random_bits(seed, position, ids)[0] >> 9) | 0x3F800000).to(tl.float32, bitcast=True) - 1.0                              # rounded down
-    scale = 1.4426950408889634 / tl.maximum(temperature, 1e-30)
-    least = tl.minimum(tl.maximum(score, -3e38), 3e38).to(tl.float32) * 1.4426950408889634
-    gap = x * scale - least + (tl.abs(x * scale) + tl.abs(least)) * 3.814697265625e-06 + 1e-3
-    return (v <= tl.exp2(gap)) | (gap != gap)
+def tile_at(row_ptr, at, V: tl.constexpr, BLOCK: tl.constexpr):
+    """Ids and clean logits of BLOCK tokens from `at`."""
+    ids = at + tl.arange(0, BLOCK)                                                 # [BLOCK]
+    return ids, clean(tl.load(row_ptr + ids, ids < V, other=-_INF))

@@ -11,8 +11,8 @@ The noise of a token depends on (seed, position, token id) only: a request draws
 Graph-safe: four launches of fixed grids, a row shared by the programs of its chunks; rows that need less leave at once. A row with seq_lens 0 is
 unused: token -1, status untouched. NaN logits count as -inf, +inf ones win. A row without a choice gets token -1 and status |= NO_TOKEN; options
 out of range are switched off, status |= BAD_OPTION. Other rows never change.
-Where more than CAPACITY tokens lie where a prefix may end (equal logits by the thousand, typical_p without another cut), one program bisects the
-whole row, which is exact too, but slow: some 50 reads of the row.
+Where more than CAPACITY tokens lie where a prefix may end (equal logits by the thousand, typical_p without another cut, top_p at temperatures that
+leave all tokens alike), one program halves the whole row until few tokens are left, which is exact too, but slow: some 10 to 50 reads of the row.
 """
 
 from __future__ import annotations
@@ -24,11 +24,12 @@ import triton
 
 from . import _check
 from ._sampling import BAD_OPTION as BAD_OPTION
-from ._sampling import BINS, GROUP, STATE, count_kernel, draw_kernel, first_kernel, probs_kernel, select_kernel
+from ._sampling import BINS, GROUP, STATE, draw_kernel, first_kernel, probs_kernel, reach_kernel, select_kernel
 from ._sampling import NO_TOKEN as NO_TOKEN
 
 MULTIPROCESSORS = 132                                 # of an H100 or H200
 LEAST_CHUNK = 1024                                    # tokens
+RANKED = 128                                          # lists up to this length are ranked, each token against each; longer ones are halved first
 MAX_V = 262144                                        # masses of 2^32 each then sum below 2^53, exact in float64
 
 
@@ -42,19 +43,14 @@ class Config:
     def chunks(self, V: int) -> int:
         return triton.cdiv(V, self.CHUNK)
 
-    @property
-    def RANKED(self) -> int:
-        """Lists up to this length are ranked, each token against each; longer ones are bisected, some 100 reads of them."""
-        return min(self.CAPACITY, 256)
-
 
 def config(R: int, V: int) -> Config:
-    """A row has as many programs as give the device 2 a multiprocessor, and short ones where rows are few. At most 8 elements a thread: 16 spill in
-    the draw, where 64-bit random numbers and scores take half of the registers. The bins want 4 warps."""
+    """A row has as many programs as give the device 2 a multiprocessor, and short ones where rows are few. At most 8 elements a thread, of which the
+    draw keeps 9 words each."""
     enough = triton.next_power_of_2(triton.cdiv(V, triton.cdiv(2 * MULTIPROCESSORS, max(R, 1))))
     chunk = min(max(enough, LEAST_CHUNK), max(triton.next_power_of_2(V), 128))
     block = min(chunk, 2048)
-    return Config(chunk, block, min(triton.next_power_of_2(V), 4096), max(block // 256, 4))
+    return Config(chunk, block, min(triton.next_power_of_2(V), 8192), max(block // 256, 4))
 
 
 @dataclass(frozen=True)
@@ -65,8 +61,8 @@ class Workspace:
     partials: torch.Tensor    # int64 [R, chunks, 3]
     counts: torch.Tensor      # int32 [R, BINS + 3], zeros between launches
     state: torch.Tensor       # int32 [R, STATE]
-    list_x: torch.Tensor      # float32 [R, CAPACITY]
-    list_ids: torch.Tensor    # int32 [R, CAPACITY]
+    list_x: torch.Tensor      # float32 [R, CAPACITY + RANKED]
+    list_ids: torch.Tensor    # int32 [R, CAPACITY + RANKED]
     groups: torch.Tensor      # int32 [R, 2, groups of tokens]
 
     @classmethod
@@ -79,7 +75,8 @@ class Workspace:
         """Shape of a row and dtype of each field: enough for any number of rows."""
         c = config(1, V)
         return dict(scores=((c.chunks(V), 2), torch.float64), partials=((c.chunks(V), 3), torch.int64), counts=((BINS + 3,), torch.int32),
-                    state=((STATE,), torch.int32), list_x=((c.CAPACITY,), torch.float32), list_ids=((c.CAPACITY,), torch.int32),
+                    state=((STATE,), torch.int32), list_x=((c.CAPACITY + RANKED,), torch.float32),
+                    list_ids=((c.CAPACITY + RANKED,), torch.int32),
                     groups=((2, triton.cdiv(V, GROUP)), torch.int32))
 
 
@@ -127,14 +124,15 @@ def sample_out(logits: torch.Tensor, temperature: torch.Tensor, top_k: torch.Ten
     chunks, groups = c.chunks(V), triton.cdiv(V, GROUP)
     cut = dict(V=V, CHUNKS=chunks, BLOCK=c.BLOCK, HAS_TYPICAL=typical_p is not None, num_warps=c.num_warps)
     passes, merged, lists = cut | dict(CHUNK=c.CHUNK), dict(BLOCK_C=triton.next_power_of_2(chunks)), dict(CAPACITY=c.CAPACITY)
-    first_kernel[(chunks * R,)](logits, *options, seed, position, seq_lens, status, out, w.scores, w.partials, w.counts, w.state, w.groups, w.list_x,
-                                w.list_ids, stride, GROUPS=groups, BLOCK_G=triton.next_power_of_2(groups), **passes, **merged, **lists,
-                                **_check.registers(128))
-    count_kernel[(chunks * R,)](logits, *options, w.partials, w.counts, w.state, stride, **passes, **merged, **lists, **_check.registers(128))
-    draw_kernel[(chunks * R,)](logits, *options, seed, position, w.scores, w.partials, w.counts, w.state, w.list_x, w.list_ids, stride,
-                               **passes, **lists, **_check.registers(128))
+    room = dict(ROOM=c.CAPACITY + RANKED)
+    first_kernel[(chunks * R,)](logits, *options, seed, position, seq_lens, status, out, w.scores, w.partials, w.counts, w.state, w.groups, stride,
+                                GROUPS=groups, BLOCK_G=triton.next_power_of_2(groups), **passes, **merged, **lists, **_check.registers(128))
+    reach_kernel[(chunks * R,)](logits, *options, w.partials, w.counts, w.state, w.groups, w.list_x, w.list_ids, stride, GROUPS=groups, **passes,
+                                **merged, **lists, **room, **_check.registers(128))
+    draw_kernel[(chunks * R,)](logits, *options, seed, position, w.scores, w.partials, w.counts, w.state, w.list_x, w.list_ids, stride, **passes,
+                               **room, **_check.registers(128))
     select_kernel[(R,)](logits, *options, seed, position, out, w.scores, w.partials, w.counts, w.state, w.list_x, w.list_ids, stride,
-                        RANKED=c.RANKED, **cut, **merged, **lists, **_check.registers(255))
+                        RANKED=RANKED, **cut, **merged, **lists, **room, **_check.registers(255))
     if probs is not None:
         for is_second in (False, True):
             probs_kernel[(chunks * R,)](logits, *options, seq_lens, out, w.partials, w.state, probs, stride, probs.stride(0),
