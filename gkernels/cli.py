@@ -89,6 +89,7 @@ def parser() -> argparse.ArgumentParser:
     add("--device", choices=("cpu", "cuda"), help="default: cuda where torch sees it")
     add("--max-requests", type=at_least(1), metavar="N", help=f"prompts computed at once (default: all, up to {MOST_REQUESTS})")
     add("--max-len", type=at_least(2), metavar="N", help="longest sequence (default: what the prompts and --max-tokens need)")
+    add("--invariant", action="store_true", help="the same bits whatever else is computed and however a prompt is cut; slower prefill")
     add("--loop", type=at_least(1), metavar="N", help="most steps of one launch, once every prompt decodes (default: "
         f"{LOOP['cuda']}, {LOOP['cpu']} on a CPU)")
     add("--verify", action="store_true", help="compare every token with the plain PyTorch reference; exit code 1 on a difference")
@@ -104,6 +105,7 @@ def parser() -> argparse.ArgumentParser:
     add("--dtype", choices=("float32", "float16", "bfloat16"), help="default: the checkpoint's")
     add("--max-tokens", type=at_least(1), default=STEP_TOKENS["cuda"], metavar="N", help="most tokens of a step (default: %(default)s)")
     add("--max-requests", type=at_least(1), default=MOST_REQUESTS, metavar="N", help="most requests of a step (default: %(default)s)")
+    add("--invariant", action="store_true", help="for an engine that is")
     add("--multiprocessors", type=at_least(1), metavar="N", help="of the GPU (default: of the architecture's data-center GPU)")
     add("--workers", type=at_least(1), default=os.cpu_count() or 1, metavar="N", help="compilers at once (default: %(default)s)")
 
@@ -138,7 +140,7 @@ def precompile(options: argparse.Namespace) -> int:
     from .precompile import precompile as fill
     config = LlamaConfig.from_dir(options.config) if options.config.is_dir() else LlamaConfig.from_dict(read_json(options.config))
     print(fill(config, options.arch, DTYPES.get(options.dtype), options.max_tokens, options.max_requests, options.multiprocessors,
-               workers=options.workers, progress=True))
+               workers=options.workers, progress=True, invariant=options.invariant))
     return 0
 
 
@@ -178,7 +180,8 @@ def generate(options: argparse.Namespace) -> int:
     requests = options.max_requests or min(len(prompts), MOST_REQUESTS)
     dtype = DTYPES[options.dtype] if options.dtype else config.dtype if device == "cuda" else DTYPES["float32"]
     engine = Engine.from_dir(options.model, device, dtype, options.max_len or longest + new_tokens, max_requests=requests,
-                             max_tokens=max(STEP_TOKENS[device], requests), progress=True, loop=options.loop or LOOP[device])
+                             max_tokens=max(STEP_TOKENS[device], requests), progress=True, loop=options.loop or LOOP[device],
+                             invariant=options.invariant)
     for i, prompt in enumerate(prompts):
         engine.add(prompt, Sampling(new_tokens, options.temperature, options.top_k, options.top_p, options.min_p, options.seed + i))
 

@@ -138,7 +138,7 @@ class Elsewhere(TorchFunctionMode):
 
 
 def step_launches(config: LlamaConfig, dtype: torch.dtype, target: GPUTarget, multiprocessors: int, max_tokens: int, max_requests: int,
-                  page_size: int = 16, buckets: Buckets | None = None) -> list[Launch]:
+                  page_size: int = 16, buckets: Buckets | None = None, invariant: bool = False) -> list[Launch]:
     """The launches of the model's step at every bucket (default: `Buckets.up_to(max_tokens)`), each binary once. One layer stands for all."""
     config, max_len = replace(config, num_layers=1), config.max_position_embeddings
     properties = SimpleNamespace(multi_processor_count=multiprocessors)
@@ -147,7 +147,7 @@ def step_launches(config: LlamaConfig, dtype: torch.dtype, target: GPUTarget, mu
             patch.object(torch.cuda, "Event"):
         weights = empty_weights(config, "cuda", dtype, config.tie_word_embeddings)
         cache = PagedCache.allocate(1, -(-max_len // page_size) + 1, page_size, config.num_kv_heads, config.head_dim, dtype, "cuda")
-        step = Step(Llama.build(config, weights, max_len), cache, max_tokens, max_requests, max_len)
+        step = Step(Llama.build(config, weights, max_len, invariant), cache, max_tokens, max_requests, max_len)
         for bucket in buckets or Buckets.up_to(max_tokens):
             for launch in launches_of(step, bucket):
                 found.setdefault((launch.kernel, launch.key), launch)
@@ -197,7 +197,7 @@ class Precompiled:
 
 def precompile(config: LlamaConfig, arch: str, dtype: torch.dtype | None = None, max_tokens: int = 512, max_requests: int = 32,
                multiprocessors: int | None = None, page_size: int = 16, buckets: Buckets | None = None, workers: int = 2,
-               progress: bool = False) -> Precompiled:
+               progress: bool = False, invariant: bool = False) -> Precompiled:
     """Compiles every kernel that an `Engine` of this model launches at these capacities, into Triton's cache (TRITON_CACHE_DIR).
 
     `dtype` None is the configuration's; `multiprocessors` None is that of the data-center GPU of the architecture. Raises
@@ -211,7 +211,7 @@ def precompile(config: LlamaConfig, arch: str, dtype: torch.dtype | None = None,
                          f"{', '.join(map(str, MULTIPROCESSORS))}; torch.cuda.get_device_properties tells it on the GPU's machine")
     if max_tokens < max_requests:
         raise ValueError(f"gkernels.precompile: max_tokens: got {max_tokens}, expected at least max_requests = {max_requests}, as for Engine")
-    launches = step_launches(config, dtype or config.dtype, target, multiprocessors, max_tokens, max_requests, page_size, buckets)
+    launches = step_launches(config, dtype or config.dtype, target, multiprocessors, max_tokens, max_requests, page_size, buckets, invariant)
     new = [launch for launch in launches if not launch.is_cached]
     done = list(bar(in_workers(compile_quietly, new, workers), progress, total=len(new), desc=f"compile for {arch}", unit="kernel"))
     failed = [f"{launch.kernel.__name__}: {error}" for launch, error in zip(new, done, strict=True) if isinstance(error, RuntimeError)]

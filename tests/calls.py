@@ -151,7 +151,7 @@ def linear(device, dtype):
         x, weight, bias = (torch.zeros(*shape, dtype=dtype, device=device) for shape in ((T, K), (N, K), (N,)))
         yield f"T{T} N{N} K{K}", linear.linear_out, (x, weight, torch.empty(T, N, dtype=dtype, device=device), bias, counter(1, device))
         yield f"T{T} N{N} K{K} logits", linear.linear_out, (x, weight, torch.empty(T, N, device=device), None, counter(1, device))
-    for T, N, K in ((1, 1024, 512), (60, 1024, 512), (3, 5, 100)):
+    for T, N, K in ((1, 1024, 512), (60, 1024, 512), (300, 1024, 512), (3, 5, 100)):
         x, weight, bias, norm = (torch.zeros(*shape, dtype=dtype, device=device) for shape in ((T, K), (N, K), (N,), (N,)))
         out, workspace, left = torch.empty(T, N, dtype=dtype, device=device), linear.Workspace.allocate(device), scaled(T, N, dtype, device)
         given = (scaled(T, K, dtype, device), weight, 1e-5, out, bias, counter(1, device))
@@ -182,7 +182,7 @@ def split(function, workspace, *arguments):
 @room
 def gate_up(device, dtype):
     from gkernels.kernels import gate_up
-    for T, F, K in ((1, 4224, 256), (60, 4224, 256), (3, 5, 100), (60, 64, 64)):
+    for T, F, K in ((1, 4224, 256), (60, 4224, 256), (300, 4224, 256), (3, 5, 100), (60, 64, 64)):
         weight, bias = (torch.zeros(*shape, dtype=dtype, device=device) for shape in ((2 * F, K), (2 * F,)))
         for case, b in (("", None), (" bias", bias)):
             out = torch.empty(T, F, dtype=dtype, device=device)
@@ -193,7 +193,7 @@ def gate_up(device, dtype):
 def qkv(device, dtype):
     from gkernels.kernels import linear, qkv
     for T, H, KV, D, rotary_dim, K in ((1, 2, 1, 64, 64, 512), (60, 2, 1, 64, 64, 512), (1, 2, 1, 128, 128, 512), (60, 2, 1, 128, 128, 512),
-                                       (3, 2, 1, 80, 32, 256)):
+                                       (300, 2, 1, 64, 64, 512), (300, 2, 1, 128, 128, 512), (3, 2, 1, 80, 32, 256)):
         weight, bias, head_norm = (torch.zeros(*shape, dtype=dtype, device=device) for shape in (((H + 2 * KV) * D, K), ((H + 2 * KV) * D,), (D,)))
         places = torch.zeros(T, dtype=torch.int32, device=device), torch.zeros(33, rotary_dim, device=device), torch.arange(T, device=device)
         caches, q_out = torch.zeros(2, 4, 16, KV, D, dtype=dtype, device=device), torch.empty(T, H, D, dtype=dtype, device=device)

@@ -61,13 +61,14 @@ def check_rows_keep_their_bits(op, device, seed, dtype, T, shape):
     assert_same(op(x[order], norm, weight, 1e-5, bias)[order.argsort()][:4], want)
 
 
-@given(seeds, dtypes, st.sampled_from([4, 20, 40, 64]), shapes)
+@given(seeds, dtypes, st.sampled_from([4, 20, 40, 64, 65, 200]), shapes)
 def test_rows_keep_their_bits(device, seed, dtype, T, shape):
     check_rows_keep_their_bits(norm_gate_up, device, seed, dtype, T, shape)
 
 
 @pytest.mark.gpu
-@given(seeds, st.sampled_from([torch.float16, torch.bfloat16]), st.sampled_from([16, 17, 40, 64]), st.sampled_from([(8192, 2048), (14336, 4096)]))
+@given(seeds, st.sampled_from([torch.float16, torch.bfloat16]), st.sampled_from([16, 17, 40, 64, 256]),
+       st.sampled_from([(8192, 2048), (14336, 4096)]))
 def test_rows_keep_their_bits_at_model_shapes(device, seed, dtype, T, shape):
     check_rows_keep_their_bits(norm_gate_up, device, seed, dtype, T, shape)
 
@@ -120,8 +121,6 @@ def test_no_rows(device):
     (dict(weight=torch.ones(5, 8)), ValueError, r"norm_gate_up: weight: got shape \[5, 8\], expected an even number of rows"),
     (dict(squares=torch.ones(3, 4)), ValueError, r"norm_gate_up: scaled.squares: got shape \[3, 4\], expected \[2, any\]"),
     (dict(squares=torch.ones(2, 0)), ValueError, "norm_gate_up: scaled.squares: got no parts, expected at least one"),
-    (dict(x=torch.ones(65, 8), squares=torch.ones(65, 1)), ValueError,
-     "norm_gate_up: scaled.x: got 65 rows, expected at most 64; call rmsnorm, linear and silu_and_mul apart"),
     (dict(x=torch.ones(2, 8).half()), TypeError, "norm_gate_up: weight: got torch.float32, expected torch.float16; convert"),
     (dict(bias=torch.ones(3)), ValueError, r"norm_gate_up: bias: got shape \[3\], expected \[6\]"),
 ])

@@ -13,7 +13,7 @@ from gkernels.model.config import LlamaConfig
 from gkernels.model.llama import Llama
 from gkernels.model.load import random_weights
 from gkernels.model.step import Row, Step
-from tests.close import assert_no_worse
+from tests.close import assert_no_worse, assert_same
 from tests.strategies_model import tiny_config
 
 FUSED = {"_norm_qkv_kernel", "_norm_gate_up_kernel"}
@@ -21,9 +21,9 @@ SINGLE = {"_rmsnorm_kernel", "_rotary_kv_write_kernel", "_silu_and_mul_kernel"}
 LAYERS = 2
 
 
-def build(device, **changes):
+def build(device, invariant=False, **changes):
     config = LlamaConfig.from_dict(tiny_config(num_hidden_layers=LAYERS, **changes))
-    return config, Llama.build(config, random_weights(config, device, torch.float32), 48)
+    return config, Llama.build(config, random_weights(config, device, torch.float32), 48, invariant)
 
 
 def run(device, config, model, bucket):
@@ -39,8 +39,9 @@ def run(device, config, model, bucket):
     return logits[:2], [launch.kernel for launch in launches]
 
 
-@pytest.mark.parametrize("bucket, changes, fused", [(4, {}, True), (64, {}, True), (65, {}, False), (4, dict(head_dim=136), False)],
-                         ids=["few tokens", "the most", "one more", "wide heads"])
+@pytest.mark.parametrize("bucket, changes, fused", [
+    (4, {}, True), (64, {}, True), (65, {}, False), (4, dict(head_dim=136), False), (65, dict(invariant=True), True),
+    (65, dict(invariant=True, head_dim=136), False)], ids=["few tokens", "the most", "one more", "wide heads", "invariant", "invariant, wide heads"])
 def test_few_tokens_take_five_nodes_a_layer(device, bucket, changes, fused):
     _, names = run(device, *build(device, **changes), bucket)
     assert FUSED <= {*names} and not SINGLE & {*names} if fused else SINGLE <= {*names} and not FUSED & {*names}
@@ -83,3 +84,30 @@ def test_scratch_ends_clean(device):
     config, model = build(device)
     run(device, config, model, 16)
     assert not model.scratch.counters.any() and ops.MOST_TOKENS == 64
+
+
+def check_one_arithmetic(device, changes, invariant):
+    """The last token's logits are the same bits in steps of a small and a large capacity, and with the prompt in one, two or three chunks."""
+    config, model = build(device, invariant, **changes)
+    prompt, found = [5, 6, 7, 8, 9, 10, 11], []
+    for bucket in (8, 80):
+        for cuts in ((7,), (3, 7), (1, 4, 7)):
+            cache = PagedCache.allocate(config.num_layers, 20, 4, config.num_kv_heads, config.head_dim, torch.float32, device)
+            step, done = Step(model, cache, bucket, 4, 48), 0
+            for end in cuts:
+                step.stage([Row(prompt[done:end], end, [1, 2]), Row([9], 6, [3, 4])])
+                logits, done = step(bucket), end
+            found.append(logits[0].clone())
+    for logits in found:
+        assert_same(logits, found[0])
+
+
+@pytest.mark.parametrize("changes", [{}, dict(head_dim=136)], ids=["fused nodes", "single ops"])
+def test_an_invariant_model_has_one_arithmetic(device, changes):
+    check_one_arithmetic(device, changes, True)
+
+
+@pytest.mark.parametrize("changes", [{}, pytest.param(dict(head_dim=136), marks=pytest.mark.gpu)], ids=["fused nodes", "single ops"])
+def test_control_two_arithmetics_are_caught(device, changes):
+    with pytest.raises(AssertionError, match="elements differ"):
+        check_one_arithmetic(device, changes, False)

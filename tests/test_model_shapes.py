@@ -88,12 +88,13 @@ def test_rotary_and_attention(device, D, dtype):
         assert_close(got, want, plain)
 
 
-@pytest.mark.parametrize("lengths, bucket", [((1, 40, 200), 256), ((1, 20, 40), 64)], ids=["single ops", "fused nodes"])
-def test_llama_1b_logits(device, lengths, bucket):
+@pytest.mark.parametrize("lengths, bucket, invariant", [((1, 40, 200), 256, False), ((1, 20, 40), 64, False), ((1, 40, 200), 256, True)],
+                         ids=["single ops", "fused nodes", "fused nodes of a large step"])
+def test_llama_1b_logits(device, lengths, bucket, invariant):
     """A mixed step of the whole model: relative error against float32 PyTorch no more than twice that of bfloat16 PyTorch."""
     config = LlamaConfig.from_dict(PRESETS["llama-3.2-1b"])
     weights = random_weights(config, device, torch.bfloat16, seed=2)
-    model = Llama.build(config, weights, 512, fused=True)
+    model = Llama.build(config, weights, 512, invariant)
     cache = PagedCache.allocate(config.num_layers, 64, 16, config.num_kv_heads, config.head_dim, torch.bfloat16, device)
     step = Step(model, cache, bucket, 8, 512)
     prompts = [torch.randint(0, 128000, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in lengths]

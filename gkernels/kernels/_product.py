@@ -1,7 +1,8 @@
-"""The product of few rows with a weight, which linear, norm_linear, linear_residual, norm_gate_up and norm_qkv share.
+"""The product of rows with a weight, made for few of them, which linear, norm_linear, linear_residual, norm_gate_up and norm_qkv share.
 
 A program holds a tile of weight rows as the M operand of the dot, because 64 of them fill it and 1 token does not. Where N gives fewer programs
-than the device needs, K is split: the last program of a tile to arrive adds the float32 sums in the order of K.
+than the device needs, K is split: the last program of a tile to arrive adds the float32 sums in the order of K. Beyond MOST_TOKENS rows there are
+programs enough, and each makes and adds the sums of all splits itself, in the same order.
 An RMSNorm is shared by two nodes: the one that writes a row leaves x * norm, rounded once, and its squares (`Scaled`); the product after it
 multiplies that, as any other x, and scales each sum by the row's 1 / rms. No product has a norm to load or a row to touch twice.
 Tiles of weight rows, splits and every order of addition follow from (N, K, dtype), so a row's bits are the same for any T, tile and place.
@@ -24,6 +25,7 @@ from . import _check
 from ._arrive import arrive
 
 MOST_TOKENS = 64          # above it cuBLAS is 1.2 to 4 times faster on the H200; below, this is level with it or faster at most shapes
+MOST_ROWS = 128           # of x that a tile has on Hopper above MOST_TOKENS
 MULTIPROCESSORS = 132     # of the H100 and the H200: fewer programs than this leave read bandwidth idle
 SHARED_BYTES = {80: 160 << 10, 90: 216 << 10, 100: 216 << 10, 0: 64 << 10}      # that a program may have, by compute capability; 0: AMD's GPUs
 LEAST_SHARED_BYTES = 96 << 10    # of every other GPU since 2020
@@ -33,8 +35,8 @@ AHEAD_BYTES = 512         # of each weight row that a program asks for before it
 
 
 class Tile(NamedTuple):
-    """All that is static about the products of a launch, as one constant: a tuple, since Triton's hooks are told of constants as JSON. BLOCK_M and
-    num_stages change no bit."""
+    """All that is static about the products of a launch, as one constant: a tuple, since Triton's hooks are told of constants as JSON. BLOCK_M,
+    num_warps and num_stages change no bit."""
 
     N: int
     K: int
@@ -42,7 +44,8 @@ class Tile(NamedTuple):
     BLOCK_M: int
     BLOCK_N: int
     BLOCK_K: int
-    SPLITS: int               # programs that share a tile's K
+    SPLITS: int               # parts of a tile's K
+    SERIAL: bool              # one program makes all of them; else each has its own
     STEPS: int                # blocks of K a program
     EVEN: bool                # no tile passes N or K
     LINES: int                # of 128 bytes that a program asks of each of its weight rows before it waits; 0 where it cannot
@@ -50,7 +53,7 @@ class Tile(NamedTuple):
     num_stages: int
 
     def grid(self, T: int) -> tuple[int]:
-        return (triton.cdiv(T, self.BLOCK_M) * self.TILES * self.SPLITS,)
+        return (triton.cdiv(T, self.BLOCK_M) * self.TILES * (1 if self.SERIAL else self.SPLITS),)
 
     def options(self) -> dict[str, int]:
         overlap = {"launch_pdl": True} if self.LINES else {}
@@ -111,7 +114,8 @@ def tile(T: int, N: int, K: int, dtype: torch.dtype, splits: bool, group: tuple[
         BLOCK_M, BLOCK_K, SPLITS, num_warps, num_stages = _block(T, K, dtype, splits, BLOCK_N, TILES)
     STEPS = triton.cdiv(triton.cdiv(K, BLOCK_K), SPLITS)
     lines = min(STEPS * BLOCK_K * dtype.itemsize, AHEAD_BYTES) // 128
-    return Tile(N, K, TILES, BLOCK_M, BLOCK_N, BLOCK_K, SPLITS, STEPS, N == BLOCK_N * TILES and K == BLOCK_K * SPLITS * STEPS,
+    is_even = N == BLOCK_N * TILES and K == BLOCK_K * SPLITS * STEPS
+    return Tile(N, K, TILES, BLOCK_M, BLOCK_N, BLOCK_K, SPLITS, SPLITS > 1 and T > MOST_TOKENS, STEPS, is_even,
                 1 << (lines.bit_length() - 1) if overlaps() and lines else 0, num_warps, num_stages)
 
 
@@ -131,16 +135,19 @@ def _block(T, K, dtype, splits, BLOCK_N, TILES):
     """(BLOCK_M, BLOCK_K, SPLITS, num_warps, num_stages)"""
     half, arch = dtype != torch.float32, capability()
     hopper = half and arch // 10 == 9
-    widest = 64 if half and arch != 100 else 32     # sm_100 spills beside 64 rows' squares
+    if T > MOST_TOKENS:
+        widest = MOST_ROWS if hopper else 32        # sm_80 spills where 64 rows have two sums
+    else:
+        widest = 64 if half and arch != 100 else 32     # sm_100 spills beside 64 rows' squares
     BLOCK_M = max(min(triton.next_power_of_2(T), widest if BLOCK_N <= 64 else widest // 2), 16)
     # Tiles of 128 x 128 spill but on Hopper, which reads them from shared memory
     BLOCK_K = next((b for b in (128, 64) if K % b == 0 and half and (b * BLOCK_N <= 8192 or hopper)), 32 if half or BLOCK_N < 128 else 16)
     SPLITS = 1                                      # as long as every program has a multiprocessor of its own
     while splits and SPLITS < MOST_SPLITS and TILES * SPLITS * 2 <= MULTIPROCESSORS and K >= BLOCK_K * SPLITS * 4:
         SPLITS *= 2
-    num_warps = 8 if BLOCK_N == 128 and not hopper else 4
+    num_warps = 8 if (BLOCK_N == 128 and not hopper) or T > MOST_TOKENS else 4    # 4 spill where two sums are held
     shared = SHARED_BYTES.get(arch, LEAST_SHARED_BYTES)
-    if TILES * SPLITS > MULTIPROCESSORS:            # two at a time on each, where the half holds 3 stages of 64 tokens
+    if triton.cdiv(T, BLOCK_M) * TILES * SPLITS > MULTIPROCESSORS:      # two at a time on each, where the half holds 3 stages of 64 tokens
         shared = max(shared // 2, LEAST_SHARED_BYTES if arch else 0)
     return BLOCK_M, BLOCK_K, SPLITS, num_warps, min(shared // ((BLOCK_M + BLOCK_N) * BLOCK_K * dtype.itemsize), MOST_STAGES)
 
@@ -162,7 +169,7 @@ def check_workspace(op: str, workspace: Workspace | None, c: Tile, T: int, devic
     for name, t, dtype, need in (("partials", workspace.partials, torch.float32, tiles * c.SPLITS * c.BLOCK_N * c.BLOCK_M),
                                  ("counters", workspace.counters, torch.int32, tiles)):
         _check.tensor(op, f"workspace.{name}", t, (None,), (dtype,), device, writes=True)
-        _check.require(c.SPLITS == 1 or t.numel() >= need, op, f"workspace.{name}", f"{t.numel()} elements",
+        _check.require(c.SPLITS == 1 or c.SERIAL or t.numel() >= need, op, f"workspace.{name}", f"{t.numel()} elements",
                        f"at least {need} for {T} rows of {c.N} x {c.K}; Workspace.allocate makes enough for {MOST_TOKENS} rows of a model's")
     return workspace.partials, workspace.counters
 
@@ -170,9 +177,10 @@ def check_workspace(op: str, workspace: Workspace | None, c: Tile, T: int, devic
 @triton.jit
 def place(T, C: tl.constexpr):
     """(row tile, tile of weight rows, split, tile of the output) of a program. Row tiles of one weight tile are neighbours: L2 holds it."""
+    SHARES: tl.constexpr = 1 if C.SERIAL else C.SPLITS
     num_m = tl.cdiv(T, C.BLOCK_M)
     pid_m, rest = tl.program_id(0) % num_m, tl.program_id(0) // num_m
-    return pid_m, rest // C.SPLITS, rest % C.SPLITS, rest // C.SPLITS * num_m + pid_m
+    return pid_m, rest // SHARES, rest % SHARES, rest // SHARES * num_m + pid_m
 
 
 @triton.jit
@@ -212,6 +220,15 @@ def sums(
             weight = tl.load(weight_tile + k, (rows < C.N)[:, None] & mask_k, other=0.0, eviction_policy="evict_first")
             x = tl.load(x_tile + k, mask_live[:, None] & mask_k, other=0.0)
         acc = tl.dot(weight, x.T, acc, input_precision="ieee")
+    return acc
+
+
+@triton.jit
+def serial_sums(x_ptr, weight_ptr, rows, rows_x, mask_live, stride_xt, zero, C: tl.constexpr):
+    """The sums over all splits, added as `collect` adds them. The arguments are those of `sums`."""
+    acc = tl.full((C.BLOCK_N, C.BLOCK_M), 0, tl.float32)
+    for split in range(C.SPLITS):
+        acc += sums(x_ptr, weight_ptr, rows, rows_x, mask_live, stride_xt, split, zero, C)
     return acc
 
 

@@ -4,9 +4,9 @@ x [T, K] with any row stride, weight [N, K], bias [N] or None -> out [T, N] in x
 float32 sums, one cast. An RMSNorm is shared with the node before (see _product.Scaled): norm_linear takes rows that are scaled by the norm already,
 and linear_residual leaves such rows for the next product. norm_linear may gather: row i of its output is row index[i] of x.
 Graph-safe: the path, the grid and the tiles depend on T, N and K only; rows at or past num_tokens[0] are written as zeros and change nothing.
-Batch-invariant up to MOST_TOKENS rows: all sums over K are made in one order, fixed by (N, K, dtype) and whether there is a workspace, so a
-row's bits are the same for any T, tile, place and neighbours. Above it torch multiplies for `linear`, whose bits may depend on T; the fused
-ops take no more rows. With a workspace K is split where N gives few programs.
+Batch-invariant: all sums over K are made in one order, fixed by (N, K, dtype) and whether there is a workspace, so a row's bits are the same for
+any T, tile, place and neighbours. `linear` alone is so up to MOST_TOKENS rows only, unless it is asked to stay `invariant`: above them torch
+multiplies, faster, and its bits may depend on T. With a workspace K is split where N gives few programs.
 """
 
 from __future__ import annotations
@@ -63,11 +63,15 @@ def _linear_kernel(
         residual = tl.load(out, mask_out & mask_live[None, :], other=0.0).to(tl.float32)
     if squares_ptr is not None:
         squares = _product.load_squares(squares_ptr, rows_x, mask_live, PARTS)
-    acc = _product.sums(x_ptr, weight_ptr, offs_n.to(tl.int64), rows_x, mask_live, stride_xt, split, (T >> 31).to(tl.float32), C)
-    if C.SPLITS > 1:
-        if not _product.leave(acc, partials_ptr, counters_ptr, tile, split, C):
-            return
-        acc = _product.collect(acc, partials_ptr, tile, C)
+    rows, zero = offs_n.to(tl.int64), (T >> 31).to(tl.float32)
+    if C.SERIAL:
+        acc = _product.serial_sums(x_ptr, weight_ptr, rows, rows_x, mask_live, stride_xt, zero, C)
+    else:
+        acc = _product.sums(x_ptr, weight_ptr, rows, rows_x, mask_live, stride_xt, split, zero, C)
+        if C.SPLITS > 1:
+            if not _product.leave(acc, partials_ptr, counters_ptr, tile, split, C):
+                return
+            acc = _product.collect(acc, partials_ptr, tile, C)
     if squares_ptr is not None:
         acc = _product.normed(acc, squares, bias_ptr, offs_n, eps, C)
     elif bias_ptr is not None:
@@ -101,7 +105,7 @@ def _zero_pads_kernel(
 
 
 def config(T: int, N: int, K: int, dtype: torch.dtype, splits: bool = False) -> Tile:
-    """BLOCK_N, BLOCK_K, SPLITS and the warps ignore T, which is what keeps rows bitwise the same."""
+    """BLOCK_N, BLOCK_K and SPLITS ignore T, which is what keeps rows bitwise the same."""
     return _product.tile(T, N, K, dtype, splits)
 
 
@@ -122,7 +126,8 @@ def _torch_linear(x, weight, bias, out, num_tokens):
         _zero_pads_kernel[(T,)](out, num_tokens, out.stride(0), N=N, BLOCK_N=min(triton.next_power_of_2(N), 4096), num_warps=4)
 
 
-def _launch(op, x, weight, out, bias, num_tokens, workspace, squares=None, parts=0, eps=0.0, index=None, is_residual=False, norm=None, scaled=None):
+def _launch(op, x, weight, out, bias, num_tokens, workspace, squares=None, parts=0, eps=0.0, index=None, is_residual=False, norm=None, scaled=None,
+            invariant=True):
     _check.tensor(op, "weight", weight, (None, x.shape[1]), (x.dtype,), x.device, dense=2)
     (X, K), N, T = x.shape, weight.shape[0], x.shape[0] if index is None else index.shape[0]
     _check.require(K >= 1 and N >= 1, op, "weight", f"shape [{N}, {K}]", "at least one row and one column")
@@ -131,8 +136,7 @@ def _launch(op, x, weight, out, bias, num_tokens, workspace, squares=None, parts
     if bias is not None:
         _check.tensor(op, "bias", bias, (N,), (x.dtype,), x.device)
     _check.counter(op, "num_tokens", num_tokens, x.device)
-    if T > MOST_TOKENS:
-        _check.require(op == "linear", op, "x", f"{T} rows", f"at most {MOST_TOKENS}; call the norm, linear and the add apart")
+    if T > MOST_TOKENS and not invariant:
         _torch_linear(x, weight, bias, out, num_tokens)
         return
     c = config(T, N, K, x.dtype, workspace is not None)
@@ -148,24 +152,25 @@ def _launch(op, x, weight, out, bias, num_tokens, workspace, squares=None, parts
 
 
 def linear_out(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, bias: torch.Tensor | None = None,
-               num_tokens: torch.Tensor | None = None, workspace: Workspace | None = None) -> None:
-    """Writes x @ weight.T + bias to `out`, which must not overlap `x`. Shapes: see the module. Raises ValueError or TypeError."""
+               num_tokens: torch.Tensor | None = None, workspace: Workspace | None = None, invariant: bool = False) -> None:
+    """Writes x @ weight.T + bias to `out`, which must not overlap `x`. Shapes: see the module. invariant: a row's bits do not depend on T, also
+    above MOST_TOKENS rows. Raises ValueError or TypeError."""
     _check.tensor("linear", "x", x, (None, None), _check.FLOATS)
-    _launch("linear", x, weight, out, bias, num_tokens, workspace)
+    _launch("linear", x, weight, out, bias, num_tokens, workspace, invariant=invariant)
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, num_tokens: torch.Tensor | None = None,
-           dtype: torch.dtype | None = None, workspace: Workspace | None = None) -> torch.Tensor:
+           dtype: torch.dtype | None = None, workspace: Workspace | None = None, invariant: bool = False) -> torch.Tensor:
     """Returns x @ weight.T + bias in x's dtype, or in `dtype`; rows at or past num_tokens[0] are zeros."""
     out = torch.empty(x.shape[0], weight.shape[0], dtype=dtype or x.dtype, device=x.device)
-    linear_out(x, weight, out, bias, num_tokens, workspace)
+    linear_out(x, weight, out, bias, num_tokens, workspace, invariant)
     return out
 
 
 def norm_linear_out(scaled: Scaled, weight: torch.Tensor, eps: float, out: torch.Tensor, bias: torch.Tensor | None = None,
                     num_tokens: torch.Tensor | None = None, workspace: Workspace | None = None, index: torch.Tensor | None = None) -> None:
-    """Writes rmsnorm(row, norm, eps) @ weight.T + bias to `out`, which must not overlap `scaled`, for at most MOST_TOKENS rows. With `index`,
-    int32 [T'], they are those rows: zeros for a negative one, NaN for one that does not exist."""
+    """Writes rmsnorm(row, norm, eps) @ weight.T + bias to `out`, which must not overlap `scaled`. With `index`, int32 [T'],
+    they are those rows: zeros for a negative one, NaN for one that does not exist."""
     op, x = "norm_linear", scaled.x
     parts = _product.check_scaled(op, "scaled", scaled, None, None, _check.FLOATS, None)
     if index is not None:
@@ -185,8 +190,8 @@ def norm_linear(scaled: Scaled, weight: torch.Tensor, eps: float = 1e-6, bias: t
 def linear_residual(x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor, bias: torch.Tensor | None = None,
                     num_tokens: torch.Tensor | None = None, workspace: Workspace | None = None, norm: torch.Tensor | None = None,
                     scaled: Scaled | None = None) -> None:
-    """residual += x @ weight.T + bias in place, rounded once, for at most MOST_TOKENS rows; rows at or past num_tokens[0] become zeros. With `norm`
-    [N] of the RMSNorm that follows, it fills `scaled`, which `Scaled.empty` makes."""
+    """residual += x @ weight.T + bias in place, rounded once; rows at or past num_tokens[0] become zeros. With `norm` [N] of the RMSNorm that
+    follows, it fills `scaled`, which `Scaled.empty` makes."""
     op = "linear_residual"
     _check.tensor(op, "x", x, (None, None), _check.FLOATS)
     _check.require((norm is None) == (scaled is None), op, "norm", "one of norm and scaled", "both or none")

@@ -8,7 +8,7 @@ then v), bias [(H + 2 KV) D] or None, q_norm and k_norm [D] or None, positions i
 The pairs of a head are (d, d + rotary_dim / 2); dimensions past rotary_dim are copied. float32 from the product on, one cast at each store.
 Graph-safe: the grid and the tiles depend on T, K and the heads only; rows at or past num_tokens[0] are zeros in q_out, are never read, and
 write to no slot, and neither does a slot outside the cache. A position outside the table gives NaN in q and k.
-Batch-invariant, for at most MOST_TOKENS rows: a program holds one head, see _product.
+Batch-invariant: a program holds one head, see _product. Beyond MOST_TOKENS rows rmsnorm, linear and rotary_kv_write apart are faster.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from . import _check, _product
-from ._product import MOST_TOKENS, Scaled, Tile, Workspace
+from ._product import Scaled, Tile, Workspace
 from .kv_cache import locate_slot
 
 MAX_D = 128               # wider heads spill
@@ -80,11 +80,15 @@ def _norm_qkv_kernel(
             return
     mask_live = offs_m < live
     squares = _product.load_squares(squares_ptr, offs_m, mask_live, PARTS)
-    acc = _product.sums(x_ptr, weight_ptr, rows, offs_m, mask_live, stride_xt, split, (T >> 31).to(tl.float32), C)
-    if C.SPLITS > 1:
-        if not _product.leave(acc, partials_ptr, counters_ptr, tile, split, C):
-            return
-        acc = _product.collect(acc, partials_ptr, tile, C)
+    zero = (T >> 31).to(tl.float32)
+    if C.SERIAL:
+        acc = _product.serial_sums(x_ptr, weight_ptr, rows, offs_m, mask_live, stride_xt, zero, C)
+    else:
+        acc = _product.sums(x_ptr, weight_ptr, rows, offs_m, mask_live, stride_xt, split, zero, C)
+        if C.SPLITS > 1:
+            if not _product.leave(acc, partials_ptr, counters_ptr, tile, split, C):
+                return
+            acc = _product.collect(acc, partials_ptr, tile, C)
     first, second = _product.halves(_product.normed(acc, squares, bias_ptr, rows, eps, C), C)      # [HALF, BLOCK_M]
     if q_norm_ptr is not None or k_norm_ptr is not None:
         scale = tl.rsqrt(_product.column_sums(tl.fma(first, first, second * second)) / D + eps)[None, :]
@@ -153,7 +157,6 @@ def norm_qkv(scaled: Scaled, weight: torch.Tensor, eps: float, positions: torch.
         if t is not None:
             _check.tensor(op, name, t, (n,), (x.dtype,), device)
     _check.counter(op, "num_tokens", num_tokens, device)
-    _check.require(T <= MOST_TOKENS, op, "scaled.x", f"{T} rows", f"at most {MOST_TOKENS}; call rmsnorm, linear and rotary_kv_write apart")
     if T == 0:
         return
     c = config(T, H + 2 * KV, D, rotary_dim, K, x.dtype, workspace is not None)

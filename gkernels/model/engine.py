@@ -146,12 +146,12 @@ class Engine:
 
     @classmethod
     def from_dir(cls, path: str | Path, device: torch.device | str | None = None, dtype: torch.dtype | None = None, max_len: int | None = None,
-                 **options) -> Engine:
-        """Loads a Hugging Face checkpoint folder and serves it; `options` are those of the constructor."""
+                 invariant: bool = False, **options) -> Engine:
+        """Loads a Hugging Face checkpoint folder and serves it; `invariant` is that of `Llama.build`, `options` are those of the constructor."""
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         config = LlamaConfig.from_dir(path)
         max_len = min(config.max_position_embeddings if max_len is None else max_len, config.max_position_embeddings)
-        return cls(Llama.build(config, load_weights(path, config, device, dtype), max_len), max_len=max_len, **options)
+        return cls(Llama.build(config, load_weights(path, config, device, dtype), max_len, invariant), max_len=max_len, **options)
 
     @staticmethod
     def check_memory(needed: int, device: torch.device) -> None:

@@ -22,12 +22,14 @@ class Llama:
     config: LlamaConfig
     weights: Weights
     cos_sin: torch.Tensor        # [max_len, rotary_dim] float32
+    invariant: bool = False      # whether a token's bits are the same in steps of any capacity
 
     @classmethod
-    def build(cls, config: LlamaConfig, weights: Weights, max_len: int) -> Llama:
-        """max_len: the longest sequence that will be served; rotary angles are tabulated that far."""
+    def build(cls, config: LlamaConfig, weights: Weights, max_len: int, invariant: bool = False) -> Llama:
+        """max_len: the longest sequence that will be served; rotary angles are tabulated that far. invariant: steps of every capacity take the nodes
+        of a small one, so that a token's bits depend neither on the bucket nor on how a prompt is cut into chunks; large steps take longer."""
         table = ops.cos_sin_table(config.rotary_dim, max_len, config.rope_theta, config.rope_scaling, weights.embed.device)
-        return cls(config, weights, table)
+        return cls(config, weights, table, invariant)
 
     def __post_init__(self):
         self.scratch = ops.ProductWorkspace.allocate(self.weights.embed.device)
@@ -48,7 +50,8 @@ class Llama:
     def is_fused(self, residual: torch.Tensor) -> bool:
         """Whether a step of this capacity takes five nodes a layer instead of nine: each norm is shared by the node before and the node after it.
         Quantised weights have no such nodes yet."""
-        return residual.shape[0] <= ops.MOST_TOKENS and self.config.head_dim <= ops.MOST_HEAD_DIM and self.config.quantization is None
+        is_small = self.invariant or residual.shape[0] <= ops.MOST_TOKENS
+        return is_small and self.config.head_dim <= ops.MOST_HEAD_DIM and self.config.quantization is None
 
     def scaled(self, residual: torch.Tensor) -> ops.Scaled:
         """Room for what the fused nodes hand on."""
@@ -73,7 +76,7 @@ class Llama:
             ops.norm_qkv(x, cast(torch.Tensor, layer.qkv), eps, plan.positions, self.cos_sin, plan.slot_mapping, k_cache, v_cache, rotated,
                          layer.qkv_bias, layer.q_norm, layer.k_norm, n, self.scratch)
         else:
-            q, k, v = product(x, layer.qkv, layer.qkv_bias, n).view(T, H + 2 * K, D).split([H, K, K], dim=1)
+            q, k, v = self.product(x, layer.qkv, layer.qkv_bias, n).view(T, H + 2 * K, D).split([H, K, K], dim=1)
             ops.rotary_kv_write(q, k, v, plan.positions, self.cos_sin, plan.slot_mapping, k_cache, v_cache, rotated,
                                 q_norm=layer.q_norm, k_norm=layer.k_norm, eps=eps, num_tokens=n)
         attended = torch.empty_like(rotated)
@@ -86,17 +89,20 @@ class Llama:
         if isinstance(x, ops.Scaled):
             gated = ops.norm_gate_up(x, cast(torch.Tensor, layer.gate_up), self.config.rms_norm_eps, layer.gate_up_bias, n)
         else:
-            gated = ops.silu_and_mul(product(x, layer.gate_up, layer.gate_up_bias, n), n)
+            gated = ops.silu_and_mul(self.product(x, layer.gate_up, layer.gate_up_bias, n), n)
         return self.add(gated, layer.down, layer.down_bias, residual, next_norm, n)
 
     def add(self, x: torch.Tensor, weight: torch.Tensor | Quantized, bias: torch.Tensor | None, residual: torch.Tensor, norm: torch.Tensor,
             n: torch.Tensor) -> torch.Tensor | ops.Scaled:
         """residual += x @ weight.T + bias; returns what the next node reads."""
         if not self.is_fused(residual):
-            return ops.add_rmsnorm(product(x, weight, bias, n), residual, norm, self.config.rms_norm_eps, n)
+            return ops.add_rmsnorm(self.product(x, weight, bias, n), residual, norm, self.config.rms_norm_eps, n)
         scaled = self.scaled(residual)
         ops.linear_residual(x, cast(torch.Tensor, weight), residual, bias, n, self.scratch, norm, scaled)
         return scaled
+
+    def product(self, x: torch.Tensor, weight: torch.Tensor | Quantized, bias: torch.Tensor | None, n: torch.Tensor) -> torch.Tensor:
+        return product(x, weight, bias, n, self.invariant)
 
     def head(self, x: torch.Tensor | ops.Scaled, index: torch.Tensor | None) -> torch.Tensor:
         """The logits of the rows of `index`, zeros for those of -1; None: of all rows."""
@@ -105,5 +111,5 @@ class Llama:
         if isinstance(x, ops.Scaled):
             ops.norm_linear_out(x, w.lm_head, self.config.rms_norm_eps, logits, index=index)
         else:
-            ops.linear_out(x if index is None else ops.embedding(index, x, padding_index=-1), w.lm_head, logits)
+            ops.linear_out(x if index is None else ops.embedding(index, x, padding_index=-1), w.lm_head, logits, invariant=self.invariant)
         return logits

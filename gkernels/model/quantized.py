@@ -103,8 +103,8 @@ def fuse(scheme: Scheme, parts: list[dict[str, torch.Tensor]]) -> Quantized:
 
 
 def product(x: torch.Tensor, weight: torch.Tensor | Quantized, bias: torch.Tensor | None = None,
-            num_tokens: torch.Tensor | None = None) -> torch.Tensor:
-    """x @ weight.T + bias for a weight of any kind."""
+            num_tokens: torch.Tensor | None = None, invariant: bool = False) -> torch.Tensor:
+    """x @ weight.T + bias for a weight of any kind; a quantised one's rows are always invariant."""
     if isinstance(weight, torch.Tensor):
-        return ops.linear(x, weight, bias, num_tokens)
+        return ops.linear(x, weight, bias, num_tokens, invariant=invariant)
     return (ops.linear_fp8 if weight.method == "fp8" else ops.linear_int4)(x, weight.weight, weight.scale, bias, num_tokens)
