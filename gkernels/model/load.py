@@ -14,10 +14,11 @@ from pathlib import Path
 
 import torch
 
+from ..ops import Quantized
 from ..progress import progress
 from . import optional
 from .config import LlamaConfig, read_json
-from .quantized import Quantized, Scheme, fuse
+from .quantized import Scheme, fuse
 
 FLOATS = ("F16", "BF16", "F32", "F64")
 PICKLES = (".bin", ".pt", ".pth", ".pkl")
