@@ -1,4 +1,4 @@
-"""Which nodes a step takes, by capacity and heads; and that the fused ones compute the model's logits."""
+"""Which nodes a step takes, by capacity and heads; and that the fused ones compute the model's logits, whatever the kind of their weights."""
 
 from dataclasses import replace
 
@@ -13,8 +13,10 @@ from gkernels.model.config import LlamaConfig
 from gkernels.model.llama import Llama
 from gkernels.model.load import random_weights
 from gkernels.model.step import Row, Step
+from tests import weights
 from tests.close import assert_no_worse
 from tests.strategies_model import tiny_config
+from tests.weights import FORMATS
 
 FUSED = {"_norm_qkv_kernel", "_norm_gate_up_kernel"}
 SINGLE = {"_rmsnorm_kernel", "_rotary_kv_write_kernel", "_silu_and_mul_kernel"}
@@ -39,10 +41,13 @@ def run(device, config, model, bucket):
     return logits[:2], [launch.kernel for launch in launches]
 
 
-@pytest.mark.parametrize("bucket, changes, fused", [(4, {}, True), (64, {}, True), (65, {}, False), (4, dict(head_dim=136), False)],
-                         ids=["few tokens", "the most", "one more", "wide heads"])
+@pytest.mark.parametrize("bucket, changes, fused", [(4, {}, True), (64, {}, True), (65, {}, False), (4, dict(head_dim=136), False),
+                                                    (4, dict(kind="fp8 block"), True), (4, dict(kind="int4 32"), True)],
+                         ids=["few tokens", "the most", "one more", "wide heads", "fp8", "int4"])
 def test_few_tokens_take_five_nodes_a_layer(device, bucket, changes, fused):
-    _, names = run(device, *build(device, **changes), bucket)
+    kind = changes.get("kind")
+    config, model = build(device, **{name: value for name, value in changes.items() if name != "kind"})
+    _, names = run(device, config, next(quantised(config, model, kind)) if kind else model, bucket)
     assert FUSED <= {*names} and not SINGLE & {*names} if fused else SINGLE <= {*names} and not FUSED & {*names}
     if fused:
         layers = [name for name in names if name in FUSED | {"_linear_kernel", "_attention_kernel"}]
@@ -56,6 +61,20 @@ def forward(model, dtype):
     weights = replace(cast(model.weights), layers=[cast(layer) for layer in model.weights.layers])
     ids = torch.tensor([5, 6, 7], device=model.cos_sin.device)
     return reference.llama.forward(weights, model.config, ids, model.cos_sin.to(dtype))[-1]
+
+
+def quantised(config, model, kind, **other_scales):
+    """The model with projections of a kind, and with those of `other_scales` by another's; and the model of the numbers that they stand for."""
+    def layers(i, layer):
+        for j, name in enumerate(("qkv", "o", "gate_up", "down")):
+            N, K = getattr(layer, name).shape
+            weight = weights.draw(4 * i + j, kind, N, K, torch.float32, layer.qkv.device, (K * 2 * LAYERS if name in ("o", "down") else K) ** -0.5)
+            yield name, weight.rolled() if name in other_scales else weight.given, weight.values
+
+    drawn = [[*layers(i, layer)] for i, layer in enumerate(model.weights.layers)]
+    for place in (1, 2):
+        changed = [replace(layer, **{row[0]: row[place] for row in rows}) for layer, rows in zip(model.weights.layers, drawn, strict=True)]
+        yield Llama(config, replace(model.weights, layers=changed), model.cos_sin)
 
 
 def check_logits(device, config, model, told):
@@ -77,6 +96,20 @@ def test_control_another_norm_is_caught(device):
     other.weights.layers[1].post_norm.mul_(1.001)
     with pytest.raises(AssertionError, match=r"RMS error|greatest error"):
         check_logits(device, config, model, other)
+
+
+@pytest.mark.parametrize("kind", FORMATS[:4])
+def test_quantised_logits_equal_reference(device, kind):
+    """Of projections with several groups of columns and blocks of rows."""
+    config, model = build(device, hidden_size=256, intermediate_size=384, attention_bias=True)
+    check_logits(device, config, *quantised(config, model, kind))
+
+
+@pytest.mark.parametrize("kind, name", [*zip(FORMATS, ["qkv", "o", "gate_up", "down"], strict=False)])
+def test_control_another_scale_is_caught(device, kind, name):
+    config, model = build(device, hidden_size=256, intermediate_size=384)
+    with pytest.raises(AssertionError, match=r"RMS error|greatest error"):
+        check_logits(device, config, *quantised(config, model, kind, **{name: True}))
 
 
 def test_scratch_ends_clean(device):

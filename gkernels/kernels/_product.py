@@ -210,7 +210,7 @@ def enter(weight_ptr, scale_ptr, rows, split, C: tl.constexpr):
         known, offs = tl.minimum(rows, C.N - 1), split * (C.STEPS * C.BLOCK_K // COLUMNS) + tl.arange(0, C.LINES) * PER_LINE
         _ask(weight_ptr + (known[:, None] * C.ROW + tl.minimum(offs, C.ROW - 1)[None, :]))
         if C.KIND == "int4":
-            GROUPS: tl.constexpr = C.LINES * max(C.BLOCK_K // C.GROUP, 1)
+            GROUPS: tl.constexpr = C.LINES * (max(C.BLOCK_K // C.GROUP, 1) if C.GROUP < C.K else 1)
             groups = split * C.STEPS * C.BLOCK_K // C.GROUP + tl.arange(0, GROUPS)
             _ask(scale_ptr + (tl.minimum(groups, C.K // C.GROUP - 1)[:, None] * C.N + known[None, :]))
         cuda.gdc_wait()
