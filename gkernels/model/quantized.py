@@ -93,6 +93,15 @@ def fuse(scheme: Scheme, parts: list[dict[str, torch.Tensor]]) -> ops.Quantized:
     return ops.Quantized(weight, scale)
 
 
+def empty(scheme: Scheme, N: int, K: int, device: torch.device | str) -> ops.Quantized:
+    """Room for a weight [N, K] of a checkpoint, as `fuse` makes it."""
+    if scheme.method == "fp8":
+        shape = (-(-N // SCALE_BLOCK), -(-K // SCALE_BLOCK)) if scheme.has_blocks else (N,)
+        return ops.Quantized(torch.empty(N, K, dtype=torch.float8_e4m3fn, device=device), torch.empty(shape, dtype=torch.float32, device=device))
+    return ops.Quantized(torch.empty(N, -(-K // 256) * 32, dtype=torch.int32, device=device),
+                         torch.empty(K // (scheme.group or K), N, dtype=torch.int32, device=device))
+
+
 def product(x: torch.Tensor, weight: torch.Tensor | ops.Quantized, bias: torch.Tensor | None = None,
             num_tokens: torch.Tensor | None = None) -> torch.Tensor:
     """x @ weight.T + bias for a weight of any kind."""
