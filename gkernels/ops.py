@@ -36,7 +36,7 @@ from .kernels.attention import tiling as attention_tiling
 from .kernels.expand import Rows
 from .kernels.linear import MOST_TOKENS, Scaled
 from .kernels.linear import Workspace as ProductWorkspace
-from .kernels.linear_quantized import check_fp8, pack_awq, pack_gptq
+from .kernels.linear_quantized import Quantized, check_fp8, pack_awq, pack_gptq
 from .kernels.logprobs import Logprobs
 from .kernels.logprobs import Workspace as LogprobsWorkspace
 from .kernels.ngram import Workspace as NgramWorkspace
@@ -106,23 +106,28 @@ def _scale_tensors(x, weight, scaled_x, squares, num_tokens=None):
     _rmsnorm.scale(x, weight, Scaled(scaled_x, squares), num_tokens)
 
 
-def _norm_linear_tensors(x, squares, weight, eps, out, bias=None, num_tokens=None, partials=None, counters=None, index=None):
-    _linear.norm_linear_out(Scaled(x, squares), weight, eps, out, bias, num_tokens, _products(partials, counters), index)
+def _norm_linear_tensors(x, squares, weight, eps, out, bias=None, num_tokens=None, partials=None, counters=None, index=None, weight_scale=None):
+    _linear.norm_linear_out(Scaled(x, squares), _weight(weight, weight_scale), eps, out, bias, num_tokens, _products(partials, counters), index)
 
 
-def _linear_residual_tensors(x, weight, residual, bias=None, num_tokens=None, partials=None, counters=None, norm=None, scaled_x=None, squares=None):
+def _linear_residual_tensors(x, weight, residual, bias=None, num_tokens=None, partials=None, counters=None, norm=None, scaled_x=None, squares=None,
+                             weight_scale=None):
     scaled = None if scaled_x is None else Scaled(scaled_x, squares)
-    _linear.linear_residual(x, weight, residual, bias, num_tokens, _products(partials, counters), norm, scaled)
+    _linear.linear_residual(x, _weight(weight, weight_scale), residual, bias, num_tokens, _products(partials, counters), norm, scaled)
 
 
 def _norm_qkv_tensors(x, squares, weight, eps, positions, cos_sin, slot_mapping, k_cache, v_cache, q_out, bias=None, q_norm=None, k_norm=None,
-                      num_tokens=None, partials=None, counters=None):
-    _qkv.norm_qkv(Scaled(x, squares), weight, eps, positions, cos_sin, slot_mapping, k_cache, v_cache, q_out, bias, q_norm, k_norm, num_tokens,
-                  _products(partials, counters))
+                      num_tokens=None, partials=None, counters=None, weight_scale=None):
+    _qkv.norm_qkv(Scaled(x, squares), _weight(weight, weight_scale), eps, positions, cos_sin, slot_mapping, k_cache, v_cache, q_out, bias, q_norm,
+                  k_norm, num_tokens, _products(partials, counters))
 
 
-def _norm_gate_up_tensors(x, squares, weight, eps, out, bias=None, num_tokens=None):
-    _gate_up.norm_gate_up_out(Scaled(x, squares), weight, eps, out, bias, num_tokens)
+def _norm_gate_up_tensors(x, squares, weight, eps, out, bias=None, num_tokens=None, weight_scale=None):
+    _gate_up.norm_gate_up_out(Scaled(x, squares), _weight(weight, weight_scale), eps, out, bias, num_tokens)
+
+
+def _weight(weight, scale):
+    return weight if scale is None else Quantized(weight, scale)
 
 
 def _products(partials, counters):
@@ -132,17 +137,18 @@ def _products(partials, counters):
 _scale_op = _register("scale(Tensor x, Tensor weight, Tensor(a!) scaled_x, Tensor(b!) squares, Tensor? num_tokens=None) -> ()", _scale_tensors)
 _norm_linear_op = _register(
     "norm_linear_out(Tensor x, Tensor squares, Tensor weight, float eps, Tensor(a!) out, Tensor? bias=None, Tensor? num_tokens=None, "
-    "Tensor(b!)? partials=None, Tensor(c!)? counters=None, Tensor? index=None) -> ()", _norm_linear_tensors)
+    "Tensor(b!)? partials=None, Tensor(c!)? counters=None, Tensor? index=None, Tensor? weight_scale=None) -> ()", _norm_linear_tensors)
 _linear_residual_op = _register(
     "linear_residual(Tensor x, Tensor weight, Tensor(a!) residual, Tensor? bias=None, Tensor? num_tokens=None, Tensor(b!)? partials=None, "
-    "Tensor(c!)? counters=None, Tensor? norm=None, Tensor(d!)? scaled_x=None, Tensor(e!)? squares=None) -> ()", _linear_residual_tensors)
+    "Tensor(c!)? counters=None, Tensor? norm=None, Tensor(d!)? scaled_x=None, Tensor(e!)? squares=None, Tensor? weight_scale=None) -> ()",
+    _linear_residual_tensors)
 _norm_qkv_op = _register(
     "norm_qkv(Tensor x, Tensor squares, Tensor weight, float eps, Tensor positions, Tensor cos_sin, Tensor slot_mapping, Tensor(a!) k_cache, "
     "Tensor(b!) v_cache, Tensor(c!) q_out, Tensor? bias=None, Tensor? q_norm=None, Tensor? k_norm=None, Tensor? num_tokens=None, "
-    "Tensor(d!)? partials=None, Tensor(e!)? counters=None) -> ()", _norm_qkv_tensors)
+    "Tensor(d!)? partials=None, Tensor(e!)? counters=None, Tensor? weight_scale=None) -> ()", _norm_qkv_tensors)
 _norm_gate_up_op = _register(
-    "norm_gate_up_out(Tensor x, Tensor squares, Tensor weight, float eps, Tensor(a!) out, Tensor? bias=None, Tensor? num_tokens=None) -> ()",
-    _norm_gate_up_tensors)
+    "norm_gate_up_out(Tensor x, Tensor squares, Tensor weight, float eps, Tensor(a!) out, Tensor? bias=None, Tensor? num_tokens=None, "
+    "Tensor? weight_scale=None) -> ()", _norm_gate_up_tensors)
 
 
 def scale(x: torch.Tensor, weight: torch.Tensor, scaled: Scaled, num_tokens: torch.Tensor | None = None) -> None:
@@ -150,43 +156,52 @@ def scale(x: torch.Tensor, weight: torch.Tensor, scaled: Scaled, num_tokens: tor
     _scale_op(x, weight, *scaled, num_tokens)
 
 
-def norm_linear_out(scaled: Scaled, weight: torch.Tensor, eps: float, out: torch.Tensor, bias: torch.Tensor | None = None,
+def norm_linear_out(scaled: Scaled, weight: torch.Tensor | Quantized, eps: float, out: torch.Tensor, bias: torch.Tensor | None = None,
                     num_tokens: torch.Tensor | None = None, workspace: ProductWorkspace | None = None, index: torch.Tensor | None = None) -> None:
-    """Writes rmsnorm(row, norm, eps) @ weight.T + bias: see gkernels.kernels.linear. The registered op takes the fields of `scaled` and of the
-    workspace."""
-    _norm_linear_op(*scaled, weight, eps, out, bias, num_tokens, *_fields(workspace), index)
+    """Writes rmsnorm(row, norm, eps) @ weight.T + bias: see gkernels.kernels.linear. The registered op takes the fields of `scaled`, of the
+    workspace and of a quantised weight."""
+    stored, weight_scale = _stored(weight)
+    _norm_linear_op(*scaled, stored, eps, out, bias, num_tokens, *_fields(workspace), index, weight_scale)
 
 
-def linear_residual(x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor, bias: torch.Tensor | None = None,
+def linear_residual(x: torch.Tensor, weight: torch.Tensor | Quantized, residual: torch.Tensor, bias: torch.Tensor | None = None,
                     num_tokens: torch.Tensor | None = None, workspace: ProductWorkspace | None = None, norm: torch.Tensor | None = None,
                     scaled: Scaled | None = None) -> None:
     """residual += x @ weight.T + bias in place, and `scaled` for the norm after it: see gkernels.kernels.linear. The registered op takes the fields
-    of `scaled` and of the workspace."""
-    _linear_residual_op(x, weight, residual, bias, num_tokens, *_fields(workspace), norm, *(scaled or (None, None)))
+    of `scaled`, of the workspace and of a quantised weight."""
+    stored, weight_scale = _stored(weight)
+    _linear_residual_op(x, stored, residual, bias, num_tokens, *_fields(workspace), norm, *(scaled or (None, None)), weight_scale)
 
 
-def norm_qkv(scaled: Scaled, weight: torch.Tensor, eps: float, positions: torch.Tensor, cos_sin: torch.Tensor, slot_mapping: torch.Tensor,
+def norm_qkv(scaled: Scaled, weight: torch.Tensor | Quantized, eps: float, positions: torch.Tensor, cos_sin: torch.Tensor, slot_mapping: torch.Tensor,
              k_cache: torch.Tensor, v_cache: torch.Tensor, q_out: torch.Tensor, bias: torch.Tensor | None = None,
              q_norm: torch.Tensor | None = None, k_norm: torch.Tensor | None = None, num_tokens: torch.Tensor | None = None,
              workspace: ProductWorkspace | None = None) -> None:
-    """Writes q to `q_out`, k and v to their slots: see gkernels.kernels.qkv. The registered op takes the fields of `scaled` and of the workspace."""
-    _norm_qkv_op(*scaled, weight, eps, positions, cos_sin, slot_mapping, k_cache, v_cache, q_out, bias, q_norm, k_norm, num_tokens,
-                 *_fields(workspace))
+    """Writes q to `q_out`, k and v to their slots: see gkernels.kernels.qkv. The registered op takes the fields of `scaled`, of the workspace
+    and of a quantised weight."""
+    stored, weight_scale = _stored(weight)
+    _norm_qkv_op(*scaled, stored, eps, positions, cos_sin, slot_mapping, k_cache, v_cache, q_out, bias, q_norm, k_norm, num_tokens,
+                 *_fields(workspace), weight_scale)
 
 
-def norm_gate_up_out(scaled: Scaled, weight: torch.Tensor, eps: float, out: torch.Tensor, bias: torch.Tensor | None = None,
+def norm_gate_up_out(scaled: Scaled, weight: torch.Tensor | Quantized, eps: float, out: torch.Tensor, bias: torch.Tensor | None = None,
                      num_tokens: torch.Tensor | None = None) -> None:
     """Writes silu(g) * u, [g, u] = rmsnorm(row, norm, eps) @ weight.T + bias: see gkernels.kernels.gate_up. The registered op takes the fields of
-    `scaled`."""
-    _norm_gate_up_op(*scaled, weight, eps, out, bias, num_tokens)
+    `scaled` and of a quantised weight."""
+    stored, weight_scale = _stored(weight)
+    _norm_gate_up_op(*scaled, stored, eps, out, bias, num_tokens, weight_scale)
 
 
-def norm_gate_up(scaled: Scaled, weight: torch.Tensor, eps: float = 1e-6, bias: torch.Tensor | None = None,
+def norm_gate_up(scaled: Scaled, weight: torch.Tensor | Quantized, eps: float = 1e-6, bias: torch.Tensor | None = None,
                  num_tokens: torch.Tensor | None = None) -> torch.Tensor:
     """Returns silu(g) * u, [g, u] = rmsnorm(row, norm, eps) @ weight.T + bias."""
     out = scaled.x.new_empty(scaled.x.shape[0], weight.shape[0] // 2)
     norm_gate_up_out(scaled, weight, eps, out, bias, num_tokens)
     return out
+
+
+def _stored(weight):
+    return weight if isinstance(weight, Quantized) else (weight, None)
 
 
 def _fields(workspace):
@@ -423,10 +438,10 @@ def attention_out(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor,
 
 
 __all__ = ["BAD_LENGTH", "BAD_OPTION", "BAD_PAGE", "ERROR", "LENGTH", "MAX_R", "MOST_HEAD_DIM", "MOST_TOKENS", "NO_TOKEN", "STOP", "Adjustments",
-           "Logprobs", "LogprobsWorkspace", "NgramWorkspace", "Probabilities", "ProductWorkspace", "Rows", "SamplingWorkspace", "Scaled", "Schedule",
-           "State", "Tiling", "VerifyWorkspace", "Workspace", "add_rmsnorm", "add_rmsnorm_out", "adjust_", "adjust_out", "advance", "attention",
-           "attention_out", "attention_tiling", "check_adjustments", "check_fp8", "check_options", "cos_sin_table", "embedding", "embedding_out",
-           "expand_out", "kv_write", "linear", "linear_fp8", "linear_fp8_out", "linear_int4", "linear_int4_out", "linear_out", "linear_residual",
-           "logprobs_out", "merge", "merge_out", "ngram_out", "norm_gate_up", "norm_gate_up_out", "norm_linear_out", "norm_qkv", "pack_awq",
-           "pack_gptq", "rmsnorm", "rmsnorm_out", "rotary", "rotary_kv_write", "rotary_out", "sample", "sample_out", "scale", "schedule",
+           "Logprobs", "LogprobsWorkspace", "NgramWorkspace", "Probabilities", "ProductWorkspace", "Quantized", "Rows", "SamplingWorkspace", "Scaled",
+           "Schedule", "State", "Tiling", "VerifyWorkspace", "Workspace", "add_rmsnorm", "add_rmsnorm_out", "adjust_", "adjust_out", "advance",
+           "attention", "attention_out", "attention_tiling", "check_adjustments", "check_fp8", "check_options", "cos_sin_table", "embedding",
+           "embedding_out", "expand_out", "kv_write", "linear", "linear_fp8", "linear_fp8_out", "linear_int4", "linear_int4_out", "linear_out",
+           "linear_residual", "logprobs_out", "merge", "merge_out", "ngram_out", "norm_gate_up", "norm_gate_up_out", "norm_linear_out", "norm_qkv",
+           "pack_awq", "pack_gptq", "rmsnorm", "rmsnorm_out", "rotary", "rotary_kv_write", "rotary_out", "sample", "sample_out", "scale", "schedule",
            "schedule_out", "silu_and_mul", "silu_and_mul_out", "verify_out"]

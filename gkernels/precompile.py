@@ -36,7 +36,7 @@ from .kernels import _check
 from .model.cache import PagedCache
 from .model.config import LlamaConfig
 from .model.llama import Llama
-from .model.load import empty_weights
+from .model.load import empty_projections, empty_weights
 from .model.step import Step
 from .progress import progress as bar
 
@@ -146,6 +146,7 @@ def step_launches(config: LlamaConfig, dtype: torch.dtype, target: GPUTarget, mu
     with compiling_for(target), Elsewhere(), patch.object(torch.cuda, "get_device_properties", lambda device: properties), \
             patch.object(torch.cuda, "Event"):
         weights = empty_weights(config, "cuda", dtype, config.tie_word_embeddings)
+        empty_projections(weights, config)
         cache = PagedCache.allocate(1, -(-max_len // page_size) + 1, page_size, config.num_kv_heads, config.head_dim, dtype, "cuda")
         step = Step(Llama.build(config, weights, max_len, invariant), cache, max_tokens, max_requests, max_len)
         for bucket in buckets or Buckets.up_to(max_tokens):

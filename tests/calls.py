@@ -164,6 +164,16 @@ def linear(device, dtype):
     yield "norm logits", logits, (scaled(64, 128, dtype, device), weight, 1e-5, torch.empty(60, 8448, device=device))
 
 
+def quantised(kind, N, K, device):
+    """Zeros of a kind of weight."""
+    from gkernels.kernels._quantized import Quantized
+    tensor, (name, _, detail) = lambda *shape, dtype: torch.zeros(shape, dtype=dtype, device=device), kind.partition(" ")
+    if name == "int4":
+        return Quantized(tensor(N, -(-K // 256) * 32, dtype=torch.int32), tensor(K // int(detail), N, dtype=torch.int32))
+    shape = (N,) if detail == "row" else (-(-N // 128), -(-K // 128))
+    return Quantized(tensor(N, K, dtype=torch.uint8).view(torch.float8_e4m3fn), tensor(*shape, dtype=torch.float32))
+
+
 def scaled(T, K, dtype, device):
     """What a split product leaves to the next."""
     from gkernels.kernels import linear
@@ -171,6 +181,29 @@ def scaled(T, K, dtype, device):
     for t in halves:
         t.zero_()
     return halves
+
+
+@room
+def linear_quantized(device, dtype):
+    """The ops of the room, and the fused ones of others with these weights: what a GPU without fp8 cannot compile has it in its name."""
+    from gkernels.kernels import gate_up, linear, linear_quantized, qkv
+    tensor = lambda *shape, dtype=dtype: torch.zeros(shape, dtype=dtype, device=device)
+    for T, N, K, fp8, int4 in ((1, 8448, 512, "row", 128), (60, 8448, 512, "block", 32), (1, 3072, 512, "block", 256), (60, 3072, 512, "row", 128),
+                               (1, 64, 256, "row", 256), (300, 24, 384, "block", 128), (3, 5, 40, "row", 40)):
+        rest = tensor(T, N), tensor(N), counter(1, device)
+        yield f"fp8 T{T} N{N} K{K // 2}", linear_quantized.linear_fp8_out, (tensor(T, K // 2), *quantised(f"fp8 {fp8}", N, K // 2, device), *rest)
+        yield f"int4 T{T} N{N} K{K}", linear_quantized.linear_int4_out, (tensor(T, K), *quantised(f"int4 {int4}", N, K, device), *rest)
+    workspace, n = linear.Workspace.allocate(device), counter(1, device)
+    for kind in ("fp8 row", "fp8 block", "int4 32", "int4 128"):
+        for T in (1, 60):
+            norm, left = tensor(1024), scaled(T, 1024, dtype, device)
+            yield f"{kind} residual T{T}", split, (partial(linear.linear_residual, norm=norm, scaled=left), workspace, tensor(T, 2048),
+                                                   quantised(kind, 1024, 2048, device), tensor(T, 1024), None, n)
+            yield f"{kind} gate_up T{T}", gate_up.norm_gate_up_out, (scaled(T, 512, dtype, device), quantised(kind, 8448, 512, device), 1e-5,
+                                                                     tensor(T, 4224), None, n)
+            places = tensor(T, dtype=torch.int32), tensor(33, 128, dtype=torch.float32), torch.arange(T, device=device)
+            given = scaled(T, 2048, dtype, device), quantised(kind, 512, 2048, device), 1e-5, *places, *tensor(2, 4, 16, 1, 128), tensor(T, 2, 128)
+            yield f"{kind} qkv T{T}", split, (qkv.norm_qkv, workspace, *given, None, norm[:128], norm[:128], n)
 
 
 def split(function, workspace, *arguments):
@@ -200,19 +233,6 @@ def qkv(device, dtype):
         workspace, given = linear.Workspace.allocate(device), (scaled(T, K, dtype, device), weight, 1e-5, *places, *caches, q_out)
         for case, options in (("", (None, None, None)), (" norms", (bias, head_norm, head_norm))):
             yield f"T{T} H{H} D{D} K{K}{case}", split, (qkv.norm_qkv, workspace, *given, *options, counter(1, device))
-
-
-@room
-def linear_quantized(device, dtype):
-    from gkernels.kernels import linear_quantized
-    tensor = lambda *shape, dtype=dtype: torch.zeros(shape, dtype=dtype, device=device)
-    for T, N, K, fp8_scales, groups in ((1, 8448, 512, (8448,), 4), (60, 8448, 512, (66, 2), 16), (1, 3072, 512, (24, 2), 2),
-                                        (60, 3072, 512, (3072,), 4), (1, 64, 256, (64,), 1), (300, 24, 384, (1, 2), 3), (3, 5, 40, (5,), 1)):
-        rest = tensor(T, N), tensor(N), counter(1, device)
-        fp8, scale = tensor(N, K // 2).to(torch.float8_e4m3fn), tensor(*fp8_scales, dtype=torch.float32)
-        yield f"fp8 T{T} N{N} K{K // 2}", linear_quantized.linear_fp8_out, (tensor(T, K // 2), fp8, scale, *rest)
-        int4, scales = (tensor(*shape, dtype=torch.int32) for shape in ((N, -(-K // 256) * 32), (groups, N)))
-        yield f"int4 T{T} N{N} K{K}", linear_quantized.linear_int4_out, (tensor(T, K), int4, scales, *rest)
 
 
 @room

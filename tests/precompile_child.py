@@ -20,7 +20,7 @@ from gkernels.kernels import _check
 from gkernels.model.config import LlamaConfig
 from gkernels.model.engine import Engine, Sampling
 from gkernels.model.llama import Llama
-from gkernels.model.load import random_weights
+from gkernels.model.load import empty_projections, random_weights
 from tests.frozen_kernels import Driver
 from tests.strategies_model import tiny_config
 
@@ -32,9 +32,14 @@ MULTIPROCESSORS = torch.cuda.get_device_properties(0).multi_processor_count if C
 PROMPTS = {80: [[1] * n for n in (80, 57, 41, 33, 27, 20, 12, 7, 3, 2, 1)], 2: [[1], [1, 1]]}
 
 
-def engine(max_tokens, max_requests, device="cpu"):
-    config = LlamaConfig.from_dict(CONFIG | {"max_position_embeddings": 128})
-    model = Llama.build(config, random_weights(config, device, torch.bfloat16), 128)
+QUANTISED = {"quantization_config": {"quant_method": "gptq", "bits": 4, "group_size": 32}}
+
+
+def engine(max_tokens, max_requests, device="cpu", changes=None):
+    config = LlamaConfig.from_dict(CONFIG | {"max_position_embeddings": 128} | (changes or {}))
+    weights = random_weights(config, device, torch.bfloat16)
+    empty_projections(weights, config)
+    model = Llama.build(config, weights, 128)
     return Engine(model, max_tokens, max_requests, 100, capture=False)
 
 
@@ -56,17 +61,18 @@ def hashes(launches):
     return {launch.hash: launch.kernel.__name__ for launch in launches}
 
 
-def planned(dtype=torch.bfloat16, arch=ARCH, multiprocessors=MULTIPROCESSORS, max_tokens=80, max_requests=3, **options):
-    config = LlamaConfig.from_dict(CONFIG)
+def planned(dtype=torch.bfloat16, arch=ARCH, multiprocessors=MULTIPROCESSORS, max_tokens=80, max_requests=3, changes=None, **options):
+    config = LlamaConfig.from_dict(CONFIG | (changes or {}))
     return hashes(precompile.step_launches(config, dtype, precompile.target_of(arch), multiprocessors, max_tokens, max_requests, **options))
 
 
 def keys():
     with nullcontext() if CUDA else precompile.compiling_for(precompile.target_of(ARCH)):
-        served = hashes(precompile.launches_of(steps, engine(80, 3, "cuda" if CUDA else "cpu")))
+        served, quantised = (hashes(precompile.launches_of(steps, engine(80, 3, "cuda" if CUDA else "cpu", changes)))
+                             for changes in (None, QUANTISED))
     others = {"dtype": planned(torch.float16), "arch": planned(arch="80"), "multiprocessors": planned(multiprocessors=MULTIPROCESSORS + 1),
               "page size": planned(page_size=8), "buckets": planned(buckets=Buckets([64, 80]))}
-    return {"planned": planned(), "served": served, "others": others}
+    return {"planned": planned(), "served": served, "others": others, "quantised": {"planned": planned(changes=QUANTISED), "served": quantised}}
 
 
 def serve():

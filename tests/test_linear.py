@@ -1,4 +1,4 @@
-"""linear on both paths, norm_linear and linear_residual against their twins, and the properties that the twins do not show."""
+"""linear on both paths, norm_linear and linear_residual with weights of every kind against their twins, and the properties that these do not show."""
 
 from functools import partial
 
@@ -10,13 +10,17 @@ from hypothesis import strategies as st
 import reference.linear as twin
 import reference.rmsnorm as norms
 from gkernels.kernels import linear as room
-from gkernels.kernels import rmsnorm
-from gkernels.kernels._product import SHARED_BYTES
+from gkernels.kernels import qkv, rmsnorm
+from gkernels.kernels._product import SHARED_BYTES, check_workspace, parts
+from gkernels.kernels._quantized import Kind, Quantized
+from tests import weights
 from tests.close import assert_close, assert_no_worse, assert_same
 from tests.strategies import counter, dtypes, poisons, randn, scaled, seeds, strided
+from tests.weights import KINDS, kinds
 
 rows = st.sampled_from([1, 2, 5, 16, 17, 33, 100])
 shapes = st.sampled_from([(1, 1), (3, 5), (16, 16), (40, 24), (64, 100), (33, 256), (70, 300)])   # N, K
+fused_shapes = shapes | st.sampled_from([(140, 640), (24, 512)])                                  # several groups and blocks, in both splits
 paths = st.sampled_from([room.MOST_TOKENS, 0])                                                   # Triton's product, torch's product
 
 
@@ -51,20 +55,20 @@ def normed(x, norm, weight, eps=1e-6, bias=None, **options):
     return room.norm_linear(scaled(rmsnorm.scale, x, norm), weight, eps, bias, **options)
 
 
-def check_norm(normed, device, seed, dtype, T, shape, has_bias=False, is_wide=False, is_split=True, size=1.0):
-    x, weight, bias = inputs(seed, T, *shape, dtype, device)
+def check_norm(normed, device, seed, dtype, T, shape, has_bias=False, is_wide=False, is_split=True, size=1.0, kind="plain"):
+    (x, _, bias), weight = inputs(seed, T, *shape, dtype, device), weights.draw(seed + 1, kind, *shape, dtype, device)
     norm, x, bias = randn(seed + 3, shape[1], dtype=dtype, device=device), x * size, bias if has_bias else None
-    got = normed(x, norm, weight, 1e-5, bias, dtype=torch.float32 if is_wide else dtype, workspace=scratch(device, is_split))
+    got = normed(x, norm, weight.given, 1e-5, bias, dtype=torch.float32 if is_wide else dtype, workspace=scratch(device, is_split))
     wide = None if bias is None else bias.double()
-    want = twin.norm_linear(scaled(norms.scale, x.double(), norm.double()), weight.double(), 1e-5, wide)
-    plain = twin.linear(norms.rmsnorm(x, norm, 1e-5), weight, bias, dtype=got.dtype)
+    want = twin.norm_linear(scaled(norms.scale, x.double(), norm.double()), weight.values, 1e-5, wide)
+    plain = twin.linear(norms.rmsnorm(x, norm, 1e-5), weight.values.float(), bias, dtype=got.dtype)
     assert_no_worse(got, want, plain, operands=dtype, chain_terms=shape[1])
 
 
-@given(seeds, dtypes, st.sampled_from([1, 2, 17, 33]), shapes, st.booleans(), st.booleans(), splits, st.sampled_from([1.0, 2.0**-8]))
-def test_norm_equals_reference(device, seed, dtype, T, shape, has_bias, is_wide, is_split, size):
+@given(seeds, dtypes, st.sampled_from([1, 2, 17, 33]), fused_shapes, st.booleans(), st.booleans(), splits, st.sampled_from([1.0, 2.0**-8]), kinds)
+def test_norm_equals_reference(device, seed, dtype, T, shape, has_bias, is_wide, is_split, size, kind):
     """The smaller rows have a mean square near eps."""
-    check_norm(normed, device, seed, dtype, T, shape, has_bias, is_wide, is_split, size)
+    check_norm(normed, device, seed, dtype, T, shape, has_bias, is_wide, is_split, size, kind)
 
 
 @pytest.mark.parametrize("broken", [
@@ -79,6 +83,17 @@ def test_norm_equals_reference(device, seed, dtype, T, shape, has_bias, is_wide,
 def test_control_broken_norms_are_caught(device, broken, dtype):
     with pytest.raises(AssertionError, match=r"RMS error|greatest error"):
         check_norm(broken, device, 0, dtype, 3, (64, 128), size=2.0**-8)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_control_another_scale_is_caught(device, kind, dtype):
+    def broken(x, norm, given, *rest, **options):
+        return normed(x, norm, weights.Weight.of(kind, given, x.shape[1]).rolled(), *rest, **options)
+
+    check_norm(normed, device, 0, dtype, 3, (140, 640), kind=kind)
+    with pytest.raises(AssertionError, match=r"RMS error|greatest error"):
+        check_norm(broken, device, 0, dtype, 3, (140, 640), kind=kind)
 
 
 def check_gather(norm_linear, device, seed, dtype, index, shape):
@@ -103,20 +118,22 @@ def test_control_other_rows_are_caught(device, broken):
                      (16, 16))
 
 
-def check_residual(linear_residual, device, seed, dtype, T, shape, live, is_split, is_strided=False):
-    x, weight, bias = inputs(seed, T, *shape, dtype, device)
+def check_residual(linear_residual, device, seed, dtype, T, shape, live, is_split, is_strided=False, kind="plain", poison=0.0):
+    (x, _, bias), weight = inputs(seed, T, *shape, dtype, device), weights.draw(seed + 1, kind, *shape, dtype, device)
+    x[live:] = poison
     residual = randn(seed + 3, T, shape[0], dtype=dtype, device=device)
     got, want, plain = (strided(residual) if is_strided else residual.clone()), residual.double(), residual.clone()
-    linear_residual(x, weight, got, bias, counter(live, device), scratch(device, is_split))
-    twin.linear_residual(x.double(), weight.double(), want, bias.double(), counter(live, device))
-    twin.linear_residual(x, weight, plain, bias, counter(live, device))
+    linear_residual(x, weight.given, got, bias, counter(live, device), scratch(device, is_split))
+    x[live:] = 0
+    twin.linear_residual(x.double(), weight.values, want, bias.double(), counter(live, device))
+    twin.linear_residual(x, weight.values.float(), plain, bias, counter(live, device))
     assert_close(got.contiguous(), want, plain)
     assert_same(got[live:].contiguous(), torch.zeros_like(plain[live:]))
 
 
-@given(seeds, dtypes, st.sampled_from([1, 5, 17, 40]), shapes, st.sampled_from([0, 1, 5, 40]), splits, st.booleans())
-def test_residual_equals_reference(device, seed, dtype, T, shape, live, is_split, is_strided):
-    check_residual(room.linear_residual, device, seed, dtype, T, shape, min(live, T), is_split, is_strided and shape[0] % 8 == 0)
+@given(seeds, dtypes, st.sampled_from([1, 5, 17, 40]), fused_shapes, st.sampled_from([0, 1, 5, 40]), splits, st.booleans(), kinds, poisons)
+def test_residual_equals_reference(device, seed, dtype, T, shape, live, is_split, is_strided, kind, poison):
+    check_residual(room.linear_residual, device, seed, dtype, T, shape, min(live, T), is_split, is_strided and shape[0] % 8 == 0, kind, poison)
 
 
 @pytest.mark.parametrize("broken", [
@@ -130,9 +147,9 @@ def test_control_broken_residuals_are_caught(device, broken):
         check_residual(broken, device, 0, torch.float16, 5, (64, 100), 3, True)
 
 
-def check_scaled(linear_residual, device, seed, dtype, T, shape, live, is_split):
+def check_scaled(linear_residual, device, seed, dtype, T, shape, live, is_split, kind="plain"):
     """What is left for the next product follows from the residual as it was rounded: x by one rounding, the squares' sum by those of a sum."""
-    x, weight, bias = inputs(seed, T, *shape, dtype, device)
+    (x, _, bias), weight = inputs(seed, T, *shape, dtype, device), weights.draw(seed + 1, kind, *shape, dtype, device).given
     residual, norm = (randn(seed + i, *size, dtype=dtype, device=device) for i, size in ((3, (T, shape[0])), (4, shape[:1])))
     got = room.Scaled.empty(T, shape[0], dtype, device, is_split)
     for t in got:
@@ -148,9 +165,9 @@ def check_scaled(linear_residual, device, seed, dtype, T, shape, live, is_split)
     assert got.squares[live:].isnan().all(), "pads write squares"
 
 
-@given(seeds, dtypes, st.sampled_from([1, 5, 17, 40]), shapes, st.sampled_from([0, 1, 5, 40]), splits)
-def test_a_residual_leaves_half_a_norm(device, seed, dtype, T, shape, live, is_split):
-    check_scaled(room.linear_residual, device, seed, dtype, T, shape, min(live, T), is_split)
+@given(seeds, dtypes, st.sampled_from([1, 5, 17, 40]), fused_shapes, st.sampled_from([0, 1, 5, 40]), splits, kinds)
+def test_a_residual_leaves_half_a_norm(device, seed, dtype, T, shape, live, is_split, kind):
+    check_scaled(room.linear_residual, device, seed, dtype, T, shape, min(live, T), is_split, kind)
 
 
 def misleads(change):
@@ -182,22 +199,22 @@ def test_integers_are_exact(device, monkeypatch, seed, dtype, T, shape, path, is
     assert_same(room.linear(x, weight, bias, dtype=torch.float32, workspace=scratch(device, is_split)), want)
 
 
-@given(seeds, dtypes, st.sampled_from([1, 17, 40]), shapes, splits)
-def test_integers_are_exact_in_fused_products(device, seed, dtype, T, shape, is_split):
+@given(seeds, dtypes, st.sampled_from([1, 17, 40]), fused_shapes, splits, kinds)
+def test_integers_are_exact_in_fused_products(device, seed, dtype, T, shape, is_split, kind):
     """Entries of x are 2 or -2, so each row's root mean square is 2 and its inverse 0.5, exactly."""
-    x, weight, bias = inputs(seed, T, *shape, dtype, device)
+    (x, _, bias), weight = inputs(seed, T, *shape, dtype, device), weights.draw(seed + 1, kind, *shape, dtype, device, integers=True)
     norm = integers(randn(seed, shape[1], dtype=dtype, device=device))
-    x, weight, bias = 2 * (x > 0) - 2 * (x <= 0).to(dtype), integers(weight), integers(bias)
-    want = twin.linear((x * norm / 2).double(), weight.double(), bias.double())
-    assert_same(normed(x, norm, weight, 0.0, bias, dtype=torch.float32, workspace=scratch(device, is_split)), want.float())
+    x, bias = 2 * (x > 0) - 2 * (x <= 0).to(dtype), integers(bias)
+    want = twin.linear((x * norm / 2).double(), weight.values, bias.double())
+    assert_same(normed(x, norm, weight.given, 0.0, bias, dtype=torch.float32, workspace=scratch(device, is_split)), want.float() + 0.0)
     residual = torch.ones_like(want, dtype=dtype)
-    room.linear_residual(x * norm / 2, weight, residual, bias, None, scratch(device, is_split))
+    room.linear_residual(x * norm / 2, weight.given, residual, bias, None, scratch(device, is_split))
     assert_same(residual, (want + 1).to(dtype))
 
 
-def check_rows_keep_their_bits(linear, seed, dtype, T, shape, order):
+def check_rows_keep_their_bits(linear, seed, dtype, T, shape, order, kind="plain"):
     """Each row alone, in a batch of T among other rows and under every row tile equals the row in the smallest batch."""
-    x, weight, _ = inputs(seed, T, *shape, dtype, order.device)
+    (x, *_), weight = inputs(seed, T, *shape, dtype, order.device), weights.draw(seed + 1, kind, *shape, dtype, order.device).given
     want = torch.cat([linear(row[None].clone(), weight) for row in x[:4]])
     place = order[order < T]
     assert_same(linear(x[place], weight)[place.argsort()][:4], want)
@@ -212,9 +229,12 @@ def fused(device, seed, shape, dtype):
         room.linear_residual(x, weight, out, bias, None, scratch(device))
         return out
 
-    return [partial(room.linear, invariant=True), lambda x, weight: room.linear(x, weight, workspace=scratch(device), invariant=True), residual,
-            lambda x, weight: normed(x, norm, weight, 1e-5, bias),
-            lambda x, weight: normed(x, norm, weight, workspace=scratch(device)), lambda x, weight: handed_on(x, weight, bias, device)]
+    return [residual, lambda x, weight: normed(x, norm, weight, 1e-5, bias),
+            lambda x, weight: normed(x, norm, weight, workspace=scratch(device)), lambda x, weight: handed_on(x, weight, bias, device),
+            partial(room.linear, invariant=True), lambda x, weight: room.linear(x, weight, workspace=scratch(device), invariant=True)]
+
+
+ops = st.tuples(st.integers(0, 3), kinds) | st.tuples(st.integers(4, 5), st.just("plain"))        # of `fused`; linear takes plain weights
 
 
 def handed_on(x, weight, bias, device):
@@ -225,10 +245,10 @@ def handed_on(x, weight, bias, device):
     return torch.cat([out.float(), halves.x.float(), halves.squares], 1)
 
 
-@given(seeds, dtypes, st.sampled_from([4, 20, 40, 64, 65, 200]), st.sampled_from([(16, 256), (40, 300), (20, 640)]), st.integers(0, 5))
+@given(seeds, dtypes, st.sampled_from([4, 20, 40, 64, 65, 200]), st.sampled_from([(16, 256), (40, 300), (20, 640)]), ops)
 def test_rows_keep_their_bits(device, seed, dtype, T, shape, op):
-    order = torch.randperm(200, generator=torch.Generator().manual_seed(seed)).to(device)
-    check_rows_keep_their_bits(fused(device, seed, shape, dtype)[op], seed, dtype, T, shape, order)
+    order, (i, kind) = torch.randperm(200, generator=torch.Generator().manual_seed(seed)).to(device), op
+    check_rows_keep_their_bits(fused(device, seed, shape, dtype)[i], seed, dtype, T, shape, order, kind)
 
 
 def test_a_split_that_looks_at_the_batch_is_caught(device):
@@ -293,16 +313,52 @@ def test_no_rows(device):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("is_split", [False, True])
-def test_config_fixes_the_k_order_and_fits_the_chip(monkeypatch, dtype, is_split):
+@pytest.mark.parametrize("kind", [Kind("plain"), Kind("fp8 row"), Kind("fp8 block"), Kind("int4", 32), Kind("int4", 128)], ids=str)
+def test_config_fixes_the_k_order_and_fits_the_chip(monkeypatch, dtype, is_split, kind):
     monkeypatch.setattr("gkernels.kernels._check.INTERPRETED", False)
     monkeypatch.setattr("gkernels.kernels._product.capability", lambda: 90)
-    for N, K in ((1, 1), (2048, 2048), (2048, 8192), (3072, 2048), (16384, 2048), (28672, 4096), (4096, 14336), (128256, 4096)):
-        configs = [room.config(T, N, K, dtype, is_split) for T in (1, 16, 17, 40, 64, 65, 2048)]
+    takes = (1, 16, 17, 40, 64, 65, 8192)
+    for N, K in ((1, 1), (8, 8), (2048, 2048), (2048, 8192), (3072, 2048), (16384, 2048), (28672, 4096), (4096, 14336), (128256, 4096)):
+        fitting = kind if K % (kind.group or 1) == 0 else Kind("int4", K)
+        configs = [room.config(T, N, K, dtype, is_split, fitting) for T in takes]
         assert len({(c.BLOCK_N, c.BLOCK_K, c.SPLITS) for c in configs}) == 1
         assert all(c.num_stages >= 2 and c.SPLITS * c.STEPS * c.BLOCK_K >= K > (c.SPLITS * c.STEPS - c.STEPS) * c.BLOCK_K for c in configs)
-        assert max((c.BLOCK_M + c.BLOCK_N) * c.BLOCK_K * c.num_stages for c in configs) * dtype.itemsize <= SHARED_BYTES[90]
+        tile_bytes = max((c.BLOCK_M * c.BLOCK_K * dtype.itemsize + fitting.bytes(c.BLOCK_N, c.BLOCK_K, dtype)) * c.num_stages for c in configs)
+        assert tile_bytes <= SHARED_BYTES[90]
+        assert kind.name != "fp8 block" or 128 % configs[0].BLOCK_K == 0, "a row of a tile has two scales"
+        assert configs[0].TILES == parts(N, dtype, is_split), "Scaled.empty makes room for others"
         assert is_split or configs[0].SPLITS == 1
-    assert not is_split or room.config(1, 2048, 8192, dtype, True).SPLITS > 1
+    assert not is_split or room.config(1, 2048, 8192, dtype, True, kind).SPLITS > 1
+
+
+def test_workspaces_hold_every_model(monkeypatch, device):
+    """Products of the greatest models, at the most tokens."""
+    monkeypatch.setattr("gkernels.kernels._check.INTERPRETED", False)
+    monkeypatch.setattr("gkernels.kernels._product.capability", lambda: 90)
+    monkeypatch.setattr("gkernels.kernels._check.can_run", lambda device: True)
+    workspace = room.Workspace.allocate(device)
+    for kind in (Kind("plain"), Kind("fp8 block"), Kind("int4", 32), Kind("int4", 128)):
+        for N in (1024, 2048, 4096, 5120, 8192, 16384):
+            for T in (1, 16, 17, 40, 64):
+                for K in (2048, 14336, 28672):
+                    check_workspace("test", workspace, room.config(T, N, K, torch.bfloat16, True, kind), T, device)
+        for heads in (6, 12, 24, 48, 66, 80):
+            check_workspace("test", workspace, qkv.config(64, heads, 128, 128, 8192, torch.bfloat16, True, kind), 64, device)
+
+
+@pytest.mark.parametrize("change, error, words", [
+    (dict(weight=torch.ones(4, 256)), TypeError, "weight.weight: got torch.float32, expected torch.float8_e4m3fn or torch.int32"),
+    (dict(weight=torch.ones(4, 255).to(weights.FP8)), ValueError, r"weight.weight: got shape \[4, 255\], expected \[any, 256\]"),
+    (dict(weight=torch.ones(4, 64, dtype=torch.int32)), ValueError, r"weight.weight: got shape \[4, 64\], expected \[any, 32\]"),
+    (dict(scale=torch.ones(5)), ValueError, r"weight.scale: got shape \[5\], expected \[4\]"),
+    (dict(scale=torch.ones(1, 3)), ValueError, r"weight.scale: got shape \[1, 3\], expected \[1, 2\]"),
+    (dict(weight=torch.ones(4, 32, dtype=torch.int32), scale=torch.ones(3, 4, dtype=torch.int32)), ValueError,
+     "weight.scale: got 3 groups for 256 columns, expected a number of groups"),
+])
+def test_misuse_of_quantised_weights_is_named(device, change, error, words):
+    given = Quantized(*(t.to(device) for t in (dict(weight=torch.ones(4, 256).to(weights.FP8), scale=torch.ones(4)) | change).values()))
+    with pytest.raises(error, match=f"linear_residual: {words}"):
+        room.linear_residual(torch.ones(2, 256, device=device), given, torch.ones(2, 4, device=device))
 
 
 def test_a_small_workspace_is_refused(device):
@@ -334,11 +390,21 @@ def test_misuse_of_halves_is_named(device, change, error, words):
 
 
 @pytest.mark.gpu
-@given(seeds, st.sampled_from([torch.float16, torch.bfloat16]), st.sampled_from([1, 16, 17, 40, 64]), st.integers(0, 5))
+@given(seeds, st.sampled_from([torch.float16, torch.bfloat16]), st.sampled_from([1, 16, 17, 40, 64]), ops)
 def test_rows_keep_their_bits_at_model_shapes(device, seed, dtype, T, op):
-    order = torch.randperm(256, generator=torch.Generator().manual_seed(seed)).to(device)
+    order, (i, kind) = torch.randperm(256, generator=torch.Generator().manual_seed(seed)).to(device), op
     for shape in ((2048, 2048), (3072, 2048), (16384, 2048), (2048, 8192)):
-        check_rows_keep_their_bits(fused(device, seed, shape, dtype)[op], seed, dtype, T, shape, order)
+        check_rows_keep_their_bits(fused(device, seed, shape, dtype)[i], seed, dtype, T, shape, order, kind)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("kind", KINDS[:5])
+@pytest.mark.parametrize("T", [1, 17, 64])
+def test_fused_products_equal_reference_at_model_shapes(device, dtype, kind, T):
+    for shape in ((3072, 2048), (4096, 4096), (4096, 14336)):
+        check_norm(normed, device, T, dtype, T, shape, kind=kind)
+        check_residual(room.linear_residual, device, T, dtype, T, shape, max(T - 1, 1), True, kind=kind, poison=float("nan"))
 
 
 def check_replays(device, op, replays):

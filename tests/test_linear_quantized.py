@@ -7,12 +7,11 @@ from hypothesis import strategies as st
 
 import reference.linear_quantized as twin
 from gkernels.kernels import linear_quantized as room
+from tests import weights
 from tests.close import assert_close, assert_same
-from tests.strategies import binaries, counter, dtypes, poisons, randn, seeds, strided
+from tests.strategies import counter, dtypes, poisons, randn, seeds, strided
+from tests.weights import FORMATS, FP8, formats
 
-FP8 = torch.float8_e4m3fn
-FORMATS = ["fp8 row", "fp8 block", "int4 32", "int4 128", "int4 256", "int4 all"]
-formats = binaries(FORMATS, 4)
 rows = st.sampled_from([1, 2, 5, 16, 17, 33, 70])
 shapes = st.sampled_from([(8, 256), (24, 512), (136, 768), (40, 1024)])                           # N, K: K has groups of 32, 128 and 256
 odd = st.sampled_from([("fp8 row", (1, 1)), ("fp8 block", (3, 5)), ("fp8 row", (70, 300)), ("fp8 block", (150, 300)), ("int4 all", (8, 8)),
@@ -20,33 +19,17 @@ odd = st.sampled_from([("fp8 row", (1, 1)), ("fp8 block", (3, 5)), ("fp8 row", (
 
 
 class Weight:
-    """A weight of one format with random contents, junk in int4's columns past K: `arguments` of the op, and `values` float64 [N, K]."""
+    """A weight of one format: `arguments` of the op, and `values` float64 [N, K]."""
 
     def __init__(self, seed, kind, N, K, device, integers=False):
-        generator = torch.Generator().manual_seed(seed)
-        self.name, _, detail = kind.partition(" ")
-        if self.name == "fp8":
-            weight, shape = torch.randn(N, K, generator=generator), (N,) if detail == "row" else (-(-N // 128), -(-K // 128))
-            weight = (weight * 2).round().clamp(-4, 4) if integers else weight
-            self.arguments = weight.to(device, FP8), scales(generator, shape, integers).to(device)
-            self.values = twin.fp8_values(*self.arguments)
-        else:
-            words = torch.randint(-2**31, 2**31, (N, -(-K // 256) * 32), generator=generator).int()
-            shape = K // (K if detail == "all" else int(detail)), N
-            zeros = torch.randint(0, 17, shape, generator=generator, dtype=torch.int32)
-            constants = scales(generator, shape, integers).half().float().view(torch.int32) | zeros
-            self.arguments = words.to(device), constants.to(device)
-            self.values = twin.int4_values(*self.arguments, K)
+        drawn = weights.draw(seed, kind, N, K, torch.float32, device, 6.5 if kind.startswith("int4") else 1.0, integers)
+        self.name, self.arguments, self.values = kind.partition(" ")[0], drawn.given, drawn.values
 
     def product(self, x, *rest, **options):
         return getattr(room, f"linear_{self.name}")(x, *self.arguments, *rest, **options)
 
     def twin(self, x, *rest, **options):
         return getattr(twin, f"linear_{self.name}")(x, *self.arguments, *rest, **options)
-
-
-def scales(generator, shape, integers):
-    return torch.randint(1, 4, shape, generator=generator).float() if integers else torch.randn(shape, generator=generator)
 
 
 def check_equals_reference(product, weight, x, bias, dtype):
@@ -162,16 +145,6 @@ def test_a_strided_out_keeps_what_lies_between_its_rows(device, seed, dtype, kin
 @pytest.mark.parametrize("kind", ["fp8 row", "int4 128"])
 def test_no_rows(device, kind):
     assert Weight(0, kind, 8, 256, device).product(torch.ones(0, 256, device=device)).shape == (0, 8)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("group", [0, 32, 128])
-def test_config_fixes_the_k_order_and_fits_the_chip(dtype, group):
-    for N, K in ((8, 8), (2048, 2048), (2048, 8192), (3072, 2048), (16384, 2048), (28672, 4096), (4096, 14336), (128256, 4096)):
-        configs = [room.config(T, N, K, dtype, group) for T in (1, 16, 17, 40, 64, 100, 8192)]
-        assert len({(c.BLOCK_N, c.BLOCK_K) for c in configs}) == 1
-        assert room.SCALE_BLOCK % configs[0].BLOCK_K == 0                                   # a row of a tile has one scale
-        assert all(c.num_stages >= 2 for c in configs) and configs[0].num_stages >= 3
 
 
 @pytest.mark.gpu

@@ -1,4 +1,4 @@
-"""Which nodes a step takes, by capacity and heads; and that the fused ones compute the model's logits."""
+"""Which nodes a step takes, by capacity and heads; and that the fused ones compute the model's logits, whatever the kind of their weights."""
 
 from dataclasses import replace
 
@@ -13,8 +13,10 @@ from gkernels.model.config import LlamaConfig
 from gkernels.model.llama import Llama
 from gkernels.model.load import random_weights
 from gkernels.model.step import Row, Step
+from tests import weights
 from tests.close import assert_no_worse, assert_same
 from tests.strategies_model import tiny_config
+from tests.weights import FORMATS
 
 FUSED = {"_norm_qkv_kernel", "_norm_gate_up_kernel"}
 SINGLE = {"_rmsnorm_kernel", "_rotary_kv_write_kernel", "_silu_and_mul_kernel"}
@@ -40,10 +42,14 @@ def run(device, config, model, bucket):
 
 
 @pytest.mark.parametrize("bucket, changes, fused", [
-    (4, {}, True), (64, {}, True), (65, {}, False), (4, dict(head_dim=136), False), (65, dict(invariant=True), True),
-    (65, dict(invariant=True, head_dim=136), False)], ids=["few tokens", "the most", "one more", "wide heads", "invariant", "invariant, wide heads"])
+    (4, {}, True), (64, {}, True), (65, {}, False), (4, dict(head_dim=136), False), (4, dict(kind="fp8 block"), True),
+    (4, dict(kind="int4 32"), True), (65, dict(invariant=True), True), (65, dict(invariant=True, head_dim=136), False),
+    (65, dict(invariant=True, kind="int4 32"), True)],
+    ids=["few tokens", "the most", "one more", "wide heads", "fp8", "int4", "invariant", "invariant, wide heads", "invariant, int4"])
 def test_few_tokens_take_five_nodes_a_layer(device, bucket, changes, fused):
-    _, names = run(device, *build(device, **changes), bucket)
+    kind = changes.get("kind")
+    config, model = build(device, **{name: value for name, value in changes.items() if name != "kind"})
+    _, names = run(device, config, next(quantised(config, model, kind)) if kind else model, bucket)
     assert FUSED <= {*names} and not SINGLE & {*names} if fused else SINGLE <= {*names} and not FUSED & {*names}
     if fused:
         layers = [name for name in names if name in FUSED | {"_linear_kernel", "_attention_kernel"}]
@@ -57,6 +63,20 @@ def forward(model, dtype):
     weights = replace(cast(model.weights), layers=[cast(layer) for layer in model.weights.layers])
     ids = torch.tensor([5, 6, 7], device=model.cos_sin.device)
     return reference.llama.forward(weights, model.config, ids, model.cos_sin.to(dtype))[-1]
+
+
+def quantised(config, model, kind, **other_scales):
+    """The model with projections of a kind, and with those of `other_scales` by another's; and the model of the numbers that they stand for."""
+    def layers(i, layer):
+        for j, name in enumerate(("qkv", "o", "gate_up", "down")):
+            N, K = getattr(layer, name).shape
+            weight = weights.draw(4 * i + j, kind, N, K, torch.float32, layer.qkv.device, (K * 2 * LAYERS if name in ("o", "down") else K) ** -0.5)
+            yield name, weight.rolled() if name in other_scales else weight.given, weight.values
+
+    drawn = [[*layers(i, layer)] for i, layer in enumerate(model.weights.layers)]
+    for place in (1, 2):
+        changed = [replace(layer, **{row[0]: row[place] for row in rows}) for layer, rows in zip(model.weights.layers, drawn, strict=True)]
+        yield Llama(config, replace(model.weights, layers=changed), model.cos_sin, model.invariant)
 
 
 def check_logits(device, config, model, told):
@@ -80,15 +100,30 @@ def test_control_another_norm_is_caught(device):
         check_logits(device, config, model, other)
 
 
+@pytest.mark.parametrize("kind", FORMATS[:4])
+def test_quantised_logits_equal_reference(device, kind):
+    """Of projections with several groups of columns and blocks of rows."""
+    config, model = build(device, hidden_size=256, intermediate_size=384, attention_bias=True)
+    check_logits(device, config, *quantised(config, model, kind))
+
+
+@pytest.mark.parametrize("kind, name", [*zip(FORMATS, ["qkv", "o", "gate_up", "down"], strict=False)])
+def test_control_another_scale_is_caught(device, kind, name):
+    config, model = build(device, hidden_size=256, intermediate_size=384)
+    with pytest.raises(AssertionError, match=r"RMS error|greatest error"):
+        check_logits(device, config, *quantised(config, model, kind, **{name: True}))
+
+
 def test_scratch_ends_clean(device):
     config, model = build(device)
     run(device, config, model, 16)
     assert not model.scratch.counters.any() and ops.MOST_TOKENS == 64
 
 
-def check_one_arithmetic(device, changes, invariant):
+def check_one_arithmetic(device, changes, invariant, kind=None):
     """The last token's logits are the same bits in steps of a small and a large capacity, and with the prompt in one, two or three chunks."""
     config, model = build(device, invariant, **changes)
+    model = next(quantised(config, model, kind)) if kind else model
     prompt, found = [5, 6, 7, 8, 9, 10, 11], []
     for bucket in (8, 80):
         for cuts in ((7,), (3, 7), (1, 4, 7)):
@@ -102,9 +137,10 @@ def check_one_arithmetic(device, changes, invariant):
         assert_same(logits, found[0])
 
 
-@pytest.mark.parametrize("changes", [{}, dict(head_dim=136)], ids=["fused nodes", "single ops"])
-def test_an_invariant_model_has_one_arithmetic(device, changes):
-    check_one_arithmetic(device, changes, True)
+@pytest.mark.parametrize("changes, kind", [({}, None), (dict(head_dim=136), None), ({}, "fp8 block"), ({}, "int4 32")],
+                         ids=["fused nodes", "single ops", "fp8", "int4"])
+def test_an_invariant_model_has_one_arithmetic(device, changes, kind):
+    check_one_arithmetic(device, changes, True, kind)
 
 
 @pytest.mark.parametrize("changes", [{}, pytest.param(dict(head_dim=136), marks=pytest.mark.gpu)], ids=["fused nodes", "single ops"])

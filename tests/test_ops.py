@@ -66,8 +66,8 @@ def products(x):
     return vars(ops.ProductWorkspace.allocate(x.ids.device))
 
 
-def qkv_arguments(x):
-    weight = randn(11, (H + 2 * K) * D, HIDDEN, device=x.ids.device)
+def qkv_arguments(x, dtype=torch.float32):
+    weight = randn(11, (H + 2 * K) * D, HIDDEN, dtype=dtype, device=x.ids.device)
     return *halves(x), weight, 1e-5, x.plan.positions, x.cos_sin, x.plan.slot_mapping, x.k_cache, x.v_cache, x.out(T, H, D)
 
 
@@ -169,6 +169,10 @@ CASES = {   # case: the inputs -> the positional and the keyword arguments of th
     "norm_gate_up_out bias": lambda x: ((*halves(x), x.head, 1e-5, x.out(T, V // 2), x.bias), {}),
     "norm_qkv": lambda x: (qkv_arguments(x), {}),
     "norm_qkv split norms": lambda x: ((*qkv_arguments(x), None, x.head_norm, x.head_norm, x.n), products(x)),
+    "norm_linear_out int4": lambda x: ((*halves(x), packed(x)[1], 1e-5, x.out(T, 48)), dict(weight_scale=packed(x)[2])),
+    "linear_residual fp8": lambda x: ((x.x, x.head[:HIDDEN].to(torch.float8_e4m3fn), x.residual), dict(weight_scale=x.bias[:HIDDEN].abs())),
+    "norm_gate_up_out int4": lambda x: ((*halves(x), packed(x)[1], 1e-5, x.out(T, 24)), dict(weight_scale=packed(x)[2])),
+    "norm_qkv fp8": lambda x: (qkv_arguments(x, torch.float8_e4m3fn), dict(weight_scale=randn(5, (H + 2 * K) * D, device=x.ids.device))),
     "embedding": lambda x: ((x.ids, x.embed, x.n), {}),
     "embedding last": lambda x: ((x.plan.last_token, x.x), dict(padding_index=-1)),
     "embedding_out": lambda x: ((x.ids, x.embed, x.out(T, HIDDEN)), {}),
@@ -289,9 +293,10 @@ def test_attention_face_equals_registered_op(device, case):
 
 
 @pytest.mark.parametrize("case", ["scale pads", "norm_linear_out", "norm_linear_out split", "norm_linear_out gather", "linear_residual split",
-                                  "linear_residual norm", "norm_gate_up_out bias", "norm_qkv split norms"])
+                                  "linear_residual norm", "norm_gate_up_out bias", "norm_qkv split norms", "norm_linear_out int4",
+                                  "linear_residual fp8", "norm_gate_up_out int4", "norm_qkv fp8"])
 def test_product_faces_equal_registered_ops(device, case):
-    """Their faces take the workspace and both halves of a norm whole."""
+    """Their faces take the workspace, both halves of a norm and a quantised weight whole."""
     (op, args, kwargs), (_, same, same_kwargs) = arguments(case, device), arguments(case, device)
     op(*args, **kwargs)
     name, given, options = case.split()[0], list(same), dict(same_kwargs)
@@ -303,6 +308,8 @@ def test_product_faces_equal_registered_ops(device, case):
         options["scaled"] = ops.Scaled(options.pop("scaled_x"), options.pop("squares"))
     if "partials" in options:
         options["workspace"] = ops.ProductWorkspace(options.pop("partials"), options.pop("counters"))
+    if "weight_scale" in options:                            # the weight comes second
+        given[1] = ops.Quantized(given[1], options.pop("weight_scale"))
     getattr(ops, name)(*given, **options)
     for got, want in zip((*same, *same_kwargs.values()), (*args, *kwargs.values()), strict=True):
         if isinstance(got, torch.Tensor) and got is not same_kwargs.get("partials"):

@@ -49,6 +49,12 @@ def test_the_engine_launches_what_was_precompiled(keys):
     assert {"_rmsnorm_kernel", "_norm_qkv_kernel"} <= set(keys["planned"].values()) and len(set(keys["planned"].values())) >= 8
 
 
+def test_an_engine_with_quantised_weights_launches_what_was_precompiled(keys):
+    check_same(**keys["quantised"])
+    with pytest.raises(AssertionError, match=r"the engine launches others: .*'_norm_gate_up_kernel'"):
+        check_same(keys["planned"], keys["quantised"]["served"])
+
+
 @pytest.mark.parametrize("other, kernel", [("dtype", "_linear_kernel"), ("arch", "_embedding_kernel"), ("multiprocessors", "_attention_kernel"),
                                            ("page size", "_schedule_kernel"), ("buckets", "_linear_kernel")])
 def test_control_what_was_precompiled_otherwise_is_seen(keys, other, kernel):

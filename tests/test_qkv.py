@@ -1,4 +1,4 @@
-"""norm_qkv against its twin, and the properties that the twin does not show."""
+"""norm_qkv with weights of every kind against its twin, and the properties that the twin does not show."""
 
 from types import SimpleNamespace
 
@@ -11,15 +11,19 @@ import reference.qkv as twin
 import reference.rmsnorm as norms
 from gkernels.kernels import qkv as room
 from gkernels.kernels import rmsnorm
+from gkernels.kernels._quantized import Quantized
 from gkernels.kernels.rotary import cos_sin_table
+from tests import weights
 from tests.close import assert_no_worse, assert_same
 from tests.strategies import counter, dtypes, poisons, randn, scaled, seeds, strided
+from tests.weights import KINDS, Weight, kinds
 
-shapes = st.sampled_from([(1, 1, 2, 16), (3, 1, 16, 40), (4, 2, 20, 64), (2, 2, 64, 100), (4, 1, 80, 32)])    # H, KV, D, K
+shapes = st.sampled_from([(1, 1, 2, 16), (3, 1, 16, 40), (4, 2, 20, 64), (2, 2, 64, 100), (4, 1, 80, 32), (2, 1, 48, 640)])    # H, KV, D, K
 PAGES, PAGE, LENGTH = 12, 4, 40
 
 
-def draw(seed, T, shape, dtype, device, part=1.0, has_bias=True, has_norms=True, is_split=True):
+def draw(seed, T, shape, dtype, device, part=1.0, has_bias=True, has_norms=True, is_split=True, kind="plain",
+         integers=False):
     """Arguments by name; of the positions and slots about one in seven is outside its table."""
     (H, KV, D, K), generator = shape, torch.Generator().manual_seed(seed)
     pages = max(PAGES * 2, -(-T // PAGE))
@@ -30,7 +34,8 @@ def draw(seed, T, shape, dtype, device, part=1.0, has_bias=True, has_norms=True,
     if workspace is not None:
         workspace.partials.fill_(float("nan"))
     return dict(
-        x=randn(seed, T, K, dtype=dtype, device=device), norm=maybe(True, 1, K), weight=randn(seed + 2, N, K, dtype=dtype, device=device) / K ** 0.5,
+        x=randn(seed, T, K, dtype=dtype, device=device), norm=maybe(True, 1, K),
+        weight=weights.draw(seed + 2, kind, N, K, dtype, device, K ** -0.5, integers),
         eps=1e-5, positions=strange(torch.randint(LENGTH, (T,), generator=generator), -1, LENGTH, 2**31 - 1).to(device, torch.int32),
         cos_sin=cos_sin_table(max(int(D * part) // 2 * 2, 2), LENGTH, device=device),
         slot_mapping=strange(torch.randperm(pages * PAGE, generator=generator)[:T], -1, pages * PAGE, 2**40).to(device),
@@ -41,13 +46,13 @@ def draw(seed, T, shape, dtype, device, part=1.0, has_bias=True, has_norms=True,
 
 def norm_qkv(x, norm, weight, **others):
     """The whole norm, in two nodes that share it."""
-    room.norm_qkv(scaled(rmsnorm.scale, x, norm), weight, **others)
+    room.norm_qkv(scaled(rmsnorm.scale, x, norm), weight.given, **others)
 
 
 def plain_qkv(x, norm, weight, eps, num_tokens=None, **others):
     """The twin's chain, one op by one: rows that are normed already, and squares that scale them by 1."""
     ones = torch.full((len(x), 1), x.shape[1] * (1 - eps), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
-    twin.norm_qkv((norms.rmsnorm(x, norm, eps), ones), weight, eps, num_tokens=num_tokens, **others)
+    twin.norm_qkv((norms.rmsnorm(x, norm, eps), ones), weight.values.to(ones.dtype), eps, num_tokens=num_tokens, **others)
 
 
 def run(op, arguments, num_tokens=None, **changes):
@@ -75,9 +80,28 @@ def check_equals_reference(op, arguments):
         assert_no_worse(*results, chain_terms=arguments["x"].shape[1])
 
 
-@given(seeds, dtypes, st.sampled_from([1, 2, 17]), shapes, st.sampled_from([1.0, 0.5]), st.booleans(), st.booleans(), st.booleans())
-def test_equals_reference(device, seed, dtype, T, shape, part, has_bias, has_norms, is_split):
-    check_equals_reference(norm_qkv, draw(seed, T, shape, dtype, device, part, has_bias, has_norms, is_split))
+@given(seeds, dtypes, st.sampled_from([1, 2, 17]), shapes, st.sampled_from([1.0, 0.5]), st.booleans(), st.booleans(), st.booleans(), kinds)
+def test_equals_reference(device, seed, dtype, T, shape, part, has_bias, has_norms, is_split, kind):
+    check_equals_reference(norm_qkv, draw(seed, T, shape, dtype, device, part, has_bias, has_norms, is_split, kind))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("kind", KINDS[:5])
+@pytest.mark.parametrize("T", [1, 17, 64])
+def test_equals_reference_at_model_shapes(device, dtype, kind, T):
+    for shape in ((32, 8, 64, 2048), (32, 8, 128, 4096)):
+        check_equals_reference(norm_qkv, draw(T, T, shape, dtype, device, kind=kind))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_control_another_scale_is_caught(device, kind, dtype):
+    def broken(weight, **others):
+        norm_qkv(weight=Weight(kind, weight.rolled(), weight.values), **others)
+
+    with pytest.raises(AssertionError, match=r"RMS error|greatest error"):
+        check_equals_reference(broken, draw(0, 5, (2, 1, 48, 640), dtype, device, kind=kind))
 
 
 def swapped(name, change):
@@ -88,7 +112,8 @@ def swapped(name, change):
 @pytest.mark.parametrize("broken", [
     swapped("q_norm", lambda t: None), swapped("k_norm", lambda t: t.roll(1)), swapped("bias", lambda t: t.roll(1)),
     swapped("positions", lambda t: t + 1), swapped("slot_mapping", lambda t: t + 1), swapped("cos_sin", lambda t: t.roll(1, 1)),
-    swapped("norm", lambda t: t.roll(1)), swapped("weight", lambda t: t.roll(1, 0)), swapped("k_cache", lambda t: t.clone()),
+    swapped("norm", lambda t: t.roll(1)), swapped("weight", lambda t: Weight("plain", t.given.roll(1, 0), t.values)),
+    swapped("k_cache", lambda t: t.clone()),
 ], ids=["no norm of q", "another norm of k", "another bias", "the next position", "the next slot", "cosines for sines", "another norm",
         "another row", "k not written"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -113,16 +138,16 @@ def check_rows_keep_their_bits(op, arguments):
         assert_same(alone.k_cache[written], whole.k_cache[written])
 
 
-@given(seeds, dtypes, st.sampled_from([4, 20, 40, 65, 130]), shapes, st.booleans())
-def test_rows_keep_their_bits(device, seed, dtype, T, shape, is_split):
-    check_rows_keep_their_bits(norm_qkv, draw(seed, T, shape, dtype, device, is_split=is_split))
+@given(seeds, dtypes, st.sampled_from([4, 20, 40, 65, 130]), shapes, st.booleans(), kinds)
+def test_rows_keep_their_bits(device, seed, dtype, T, shape, is_split, kind):
+    check_rows_keep_their_bits(norm_qkv, draw(seed, T, shape, dtype, device, is_split=is_split, kind=kind))
 
 
 @pytest.mark.gpu
 @given(seeds, st.sampled_from([torch.float16, torch.bfloat16]), st.sampled_from([16, 17, 40, 256]),
-       st.sampled_from([(32, 8, 64, 2048), (32, 8, 128, 4096)]))
-def test_rows_keep_their_bits_at_model_shapes(device, seed, dtype, T, shape):
-    check_rows_keep_their_bits(norm_qkv, draw(seed, T, shape, dtype, device))
+       st.sampled_from([(32, 8, 64, 2048), (32, 8, 128, 4096)]), kinds)
+def test_rows_keep_their_bits_at_model_shapes(device, seed, dtype, T, shape, kind):
+    check_rows_keep_their_bits(norm_qkv, draw(seed, T, shape, dtype, device, kind=kind))
 
 
 def test_control_a_row_that_sees_the_batch_is_caught(device):
@@ -142,9 +167,9 @@ def check_pads(op, arguments, live, poison):
     assert_same(got.v_cache, want.v_cache)
 
 
-@given(seeds, dtypes, st.sampled_from([0, 1, 17]), st.sampled_from([0, 1, 20]), shapes, poisons, st.booleans())
-def test_pads_are_zero_and_write_nothing(device, seed, dtype, live, pads, shape, poison, is_split):
-    check_pads(norm_qkv, draw(seed, live + pads, shape, dtype, device, is_split=is_split), live, poison)
+@given(seeds, dtypes, st.sampled_from([0, 1, 17]), st.sampled_from([0, 1, 20]), shapes, poisons, st.booleans(), kinds)
+def test_pads_are_zero_and_write_nothing(device, seed, dtype, live, pads, shape, poison, is_split, kind):
+    check_pads(norm_qkv, draw(seed, live + pads, shape, dtype, device, is_split=is_split, kind=kind), live, poison)
 
 
 def test_control_written_pads_are_caught(device):
@@ -166,12 +191,12 @@ def test_strides_and_head_major_pages(device, seed, dtype, shape):
     assert_same(caches["v_cache"], want.v_cache)
 
 
-def test_integers_are_exact(device):
+@pytest.mark.parametrize("kind", KINDS)
+def test_integers_are_exact(device, kind):
     """At position 0 nothing turns; entries of x are 2 or -2, so 1 / rms is 0.5."""
-    arguments = draw(1, 5, (2, 1, 16, 64), torch.float16, device, has_norms=False)
+    arguments = draw(1, 5, (2, 1, 16, 256), torch.float16, device, has_norms=False, kind=kind, integers=True)
     change = dict(x=2 * (arguments["x"] > 0) - 2 * (arguments["x"] <= 0).half(), norm=arguments["norm"].round().clamp(-2, 2), eps=0.0,
-                  weight=(arguments["weight"] * 8).round().clamp(-2, 2), positions=torch.zeros_like(arguments["positions"]),
-                  slot_mapping=torch.arange(5, device=device))
+                  positions=torch.zeros_like(arguments["positions"]), slot_mapping=torch.arange(5, device=device))
     got, want = run(norm_qkv, arguments, **change), twin_of(arguments | change, torch.float64)
     for name in vars(got):
         assert_same(getattr(got, name), getattr(want, name).half())
@@ -183,10 +208,16 @@ def test_integers_are_exact(device):
      r"norm_qkv: k_cache: got shape \[2, 4, 2, 8\], expected pages, and heads"),
     (dict(cos_sin=torch.ones(9, 10)), ValueError, "norm_qkv: cos_sin: got 10 columns, expected an even number, 2 to D = 8"),
     (dict(q_norm=torch.ones(9)), ValueError, r"norm_qkv: q_norm: got shape \[9\], expected \[8\]"),
+    (dict(weight=Quantized(torch.ones(31, 8).to(weights.FP8), torch.ones(31))), ValueError,
+     r"norm_qkv: weight.weight: got shape \[31, 8\], expected \[32, 8\]"),
+    (dict(weight=Quantized(torch.ones(32, 32).int(), torch.ones(1, 31).int())), ValueError,
+     r"norm_qkv: weight.scale: got shape \[1, 31\], expected \[any, 32\]"),
 ])
 def test_misuse_is_named(device, change, error, words):
     arguments = dict(x=torch.ones(3, 8), norm=torch.ones(8), weight=torch.ones(32, 8), eps=1e-5, positions=torch.ones(3, dtype=torch.int32),
                      cos_sin=torch.ones(9, 8), slot_mapping=torch.ones(3, dtype=torch.int64), k_cache=torch.ones(2, 4, 1, 8),
                      v_cache=torch.ones(2, 4, 1, 8), q_out=torch.ones(3, 2, 8)) | change
+    move = lambda v: Quantized(*map(move, v)) if isinstance(v, Quantized) else v.to(device) if isinstance(v, torch.Tensor) else v
+    arguments = {name: move(v) for name, v in arguments.items()}
     with pytest.raises(error, match=words):
-        norm_qkv(**{k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in arguments.items()})
+        norm_qkv(**arguments | dict(weight=Weight("", arguments["weight"], None)))

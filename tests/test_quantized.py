@@ -11,8 +11,8 @@ from gkernels.model import load
 from gkernels.model.config import LlamaConfig
 from gkernels.model.engine import Engine
 from gkernels.model.llama import Llama
-from gkernels.model.quantized import Quantized
 from gkernels.model.sampling import Sampling
+from gkernels.ops import Quantized
 from reference import linear_quantized as twin
 from reference import llama
 from tests.strategies_model import tiny_config
@@ -95,7 +95,7 @@ def test_a_quantised_checkpoint_stands_for_its_exact_values(tmp_path, device, ki
         for field in ("qkv", "o", "gate_up", "down"):
             got, K = getattr(layer, field), getattr(wanted, field).shape[1]
             assert isinstance(got, Quantized)
-            exact = twin.fp8_values(got.weight, got.scale) if got.method == "fp8" else twin.int4_values(got.weight, got.scale, K)
+            exact = twin.fp8_values(*got) if kind.startswith("fp8") else twin.int4_values(*got, K)
             assert torch.equal(exact.float().cpu(), getattr(wanted, field)), field
         assert torch.equal(layer.input_norm.cpu(), wanted.input_norm)
     assert not any(isinstance(view, Quantized) for view in load.views(weights, config).values())
@@ -131,7 +131,7 @@ def test_scales_of_activations_are_left_unread(tmp_path):
     make(tmp_path, "fp8")
     changed(tmp_path, lambda t: t.update({"model.layers.0.self_attn.q_proj.input_scale": torch.ones(1),
                                           "model.layers.1.self_attn.k_proj.k_scale": torch.ones(1)}))
-    assert loaded(tmp_path)[1].layers[0].qkv.method == "fp8"
+    assert loaded(tmp_path)[1].layers[0].qkv.weight.dtype == torch.float8_e4m3fn
 
 
 Q = "model.layers.1.self_attn.q_proj."

@@ -18,11 +18,11 @@ GROUPS = (32, 64, 128)                       # group sizes within a block
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)         # the column of eight whose q is in nibble i
 
 
-def check_group(op: str, K: int, count: int) -> int:
+def check_group(op: str, K: int, count: int, name: str = "scales") -> int:
     """The group size G of `count` groups of K columns."""
-    _check.require(count >= 1 and K % count == 0, op, "scales", f"{count} groups for {K} columns", "a number of groups that divides the columns")
+    _check.require(count >= 1 and K % count == 0, op, name, f"{count} groups for {K} columns", "a number of groups that divides the columns")
     G = K // count
-    _check.require(count == 1 or G in GROUPS or G % BLOCK == 0, op, "scales", f"groups of {G} columns",
+    _check.require(count == 1 or G in GROUPS or G % BLOCK == 0, op, name, f"groups of {G} columns",
                    f"32, 64, 128, a multiple of {BLOCK}, or all {K}")
     return G
 

@@ -1,11 +1,13 @@
-"""The product of rows with a weight, made for few of them, which linear, norm_linear, linear_residual, norm_gate_up and norm_qkv share.
+"""The product of rows with a weight, plain or quantised, made for few rows, which linear, linear_fp8, linear_int4, norm_linear, linear_residual,
+norm_gate_up and norm_qkv share.
 
 A program holds a tile of weight rows as the M operand of the dot, because 64 of them fill it and 1 token does not. Where N gives fewer programs
 than the device needs, K is split: the last program of a tile to arrive adds the float32 sums in the order of K. Beyond MOST_TOKENS rows there are
 programs enough, and each makes and adds the sums of all splits itself, in the same order.
 An RMSNorm is shared by two nodes: the one that writes a row leaves x * norm, rounded once, and its squares (`Scaled`); the product after it
 multiplies that, as any other x, and scales each sum by the row's 1 / rms. No product has a norm to load or a row to touch twice.
-Tiles of weight rows, splits and every order of addition follow from (N, K, dtype), so a row's bits are the same for any T, tile and place.
+Tiles of weight rows, splits and every order of addition follow from (N, K, dtype, kind of weight), so a row's bits are the same for any T, tile
+and place. Weights in fp8 and int4 (see _quantized) have the tiles of plain ones, and so leave as many parts of a row's squares.
 
 On Hopper and later the nodes overlap (programmatic dependent launch): a program starts while the node before still runs, asks the L2 for
 weights, which no node writes, and waits for that node's end before anything else is read or written.
@@ -21,8 +23,9 @@ import triton
 import triton.language as tl
 from triton.language.extra import cuda
 
-from . import _check
+from . import _check, _int4, _quantized
 from ._arrive import arrive
+from ._quantized import PLAIN, Kind
 
 MOST_TOKENS = 64          # above it cuBLAS is 1.2 to 4 times faster on the H200; below, this is level with it or faster at most shapes
 MOST_ROWS = 128           # of x that a tile has on Hopper above MOST_TOKENS
@@ -49,6 +52,10 @@ class Tile(NamedTuple):
     STEPS: int                # blocks of K a program
     EVEN: bool                # no tile passes N or K
     LINES: int                # of 128 bytes that a program asks of each of its weight rows before it waits; 0 where it cannot
+    KIND: str                 # of the weight, and for int4 the columns that share a scale: see _quantized.Kind
+    GROUP: int
+    ROW: int                  # elements of a stored row of the weight
+    PACKED: bool              # whether int4 becomes two 16-bit numbers at a time, by instructions of NVIDIA's GPUs
     num_warps: int
     num_stages: int
 
@@ -57,8 +64,10 @@ class Tile(NamedTuple):
 
     def options(self) -> dict[str, int]:
         overlap = {"launch_pdl": True} if self.LINES else {}
-        # 255 registers, or sm_80 spills at 72; but on Hopper, which does not, the node of q, k and v would take 218 instead of 79
-        return dict(num_warps=self.num_warps, num_stages=self.num_stages) | overlap | ({} if capability() // 10 == 9 else _check.registers(255))
+        # 255 registers, or sm_80 spills at 72; but on Hopper, which does not, the node of q, k and v would take 218 instead of 79. There int4 in
+        # float32 does, at 128
+        is_free = capability() // 10 == 9 and (self.KIND != "int4" or self.PACKED)
+        return dict(num_warps=self.num_warps, num_stages=self.num_stages) | overlap | ({} if is_free else _check.registers(255))
 
 
 @dataclass(frozen=True)
@@ -70,7 +79,7 @@ class Workspace:
 
     @classmethod
     def allocate(cls, device: torch.device | str) -> Workspace:
-        return cls(torch.empty(MULTIPROCESSORS * 128 * MOST_TOKENS, dtype=torch.float32, device=device),
+        return cls(torch.empty(MULTIPROCESSORS * 256 * MOST_TOKENS, dtype=torch.float32, device=device),
                    torch.zeros(MULTIPROCESSORS * 4, dtype=torch.int32, device=device))
 
 
@@ -102,21 +111,23 @@ def parts(N: int, dtype: torch.dtype, splits: bool) -> int:
     return tile(1, N, 1, dtype, splits).TILES
 
 
-def tile(T: int, N: int, K: int, dtype: torch.dtype, splits: bool, group: tuple[int, int] | None = None) -> Tile:
+def tile(T: int, N: int, K: int, dtype: torch.dtype, splits: bool, group: tuple[int, int] | None = None, kind: Kind = PLAIN) -> Tile:
     """How the product of T rows with [N, K] is cut. group: (rows, tiles), where the caller's rows come in groups, each padded to that many."""
     if _check.INTERPRETED:    # which pays 0.1 ms an operation whatever its size: few tiles, each as large as may be
         BLOCK_M, BLOCK_N = (max(triton.next_power_of_2(n), 16) for n in (T, N))
         BLOCK_N, TILES = group or (min(BLOCK_N, 256), triton.cdiv(N, min(BLOCK_N, 256)))
         SPLITS, num_warps, num_stages = 2 if splits and K > 16 else 1, 4, 1
-        BLOCK_K = min(max(triton.next_power_of_2(triton.cdiv(K, SPLITS)), 16), 256)
+        BLOCK_K = min(max(triton.next_power_of_2(triton.cdiv(K, SPLITS)), 16), 128 if kind.name == "fp8 block" else 256)
+        BLOCK_K = 256 if kind.name == "int4" else BLOCK_K
     else:
         BLOCK_N, TILES = group or _rows(N, dtype, splits)
-        BLOCK_M, BLOCK_K, SPLITS, num_warps, num_stages = _block(T, K, dtype, splits, BLOCK_N, TILES)
-    STEPS = triton.cdiv(triton.cdiv(K, BLOCK_K), SPLITS)
-    lines = min(STEPS * BLOCK_K * dtype.itemsize, AHEAD_BYTES) // 128
+        BLOCK_M, BLOCK_K, SPLITS, num_warps, num_stages = _block(T, K, dtype, splits, BLOCK_N, TILES, kind)
+    STEPS, arch = triton.cdiv(triton.cdiv(K, BLOCK_K), SPLITS), capability()
+    lines = min(STEPS * kind.bytes(1, BLOCK_K, dtype), AHEAD_BYTES) // 128
     is_even = N == BLOCK_N * TILES and K == BLOCK_K * SPLITS * STEPS
     return Tile(N, K, TILES, BLOCK_M, BLOCK_N, BLOCK_K, SPLITS, SPLITS > 1 and T > MOST_TOKENS, STEPS, is_even,
-                1 << (lines.bit_length() - 1) if overlaps() and lines else 0, num_warps, num_stages)
+                1 << (lines.bit_length() - 1) if overlaps() and lines else 0, kind.name, kind.group, kind.row(K),
+                arch > 0 and dtype != torch.float32, num_warps, num_stages)
 
 
 def _rows(N, dtype, splits):
@@ -131,25 +142,34 @@ def _rows(N, dtype, splits):
     return rows, triton.cdiv(N, rows)
 
 
-def _block(T, K, dtype, splits, BLOCK_N, TILES):
+def _block(T, K, dtype, splits, BLOCK_N, TILES, kind):
     """(BLOCK_M, BLOCK_K, SPLITS, num_warps, num_stages)"""
     half, arch = dtype != torch.float32, capability()
     hopper = half and arch // 10 == 9
     if T > MOST_TOKENS:
-        widest = MOST_ROWS if hopper else 32        # sm_80 spills where 64 rows have two sums
+        widest = (MOST_ROWS if kind == PLAIN else 64) if hopper else 32     # sm_80 spills where 64 rows have two sums
     else:
         widest = 64 if half and arch != 100 else 32     # sm_100 spills beside 64 rows' squares
+    if kind.name == "int4" and kind.group < 128:    # sums of several groups at once: 64 rows spill 424 bytes on sm_80
+        widest = 32
     BLOCK_M = max(min(triton.next_power_of_2(T), widest if BLOCK_N <= 64 else widest // 2), 16)
     # Tiles of 128 x 128 spill but on Hopper, which reads them from shared memory
     BLOCK_K = next((b for b in (128, 64) if K % b == 0 and half and (b * BLOCK_N <= 8192 or hopper)), 32 if half or BLOCK_N < 128 else 16)
-    SPLITS = 1                                      # as long as every program has a multiprocessor of its own
-    while splits and SPLITS < MOST_SPLITS and TILES * SPLITS * 2 <= MULTIPROCESSORS and K >= BLOCK_K * SPLITS * 4:
+    BLOCK_K = _int4.BLOCK if kind.name == "int4" else BLOCK_K
+    # A plain weight's program has a multiprocessor of its own; of those that convert weights, two share one: one computes while the other waits
+    SPLITS, most = 1, MULTIPROCESSORS if kind == PLAIN else 2 * MULTIPROCESSORS
+    while splits and SPLITS < MOST_SPLITS and TILES * SPLITS * 2 <= most and K >= BLOCK_K * SPLITS * 4:
         SPLITS *= 2
     num_warps = 8 if (BLOCK_N == 128 and not hopper) or T > MOST_TOKENS else 4    # 4 spill where two sums are held
-    shared = SHARED_BYTES.get(arch, LEAST_SHARED_BYTES)
-    if triton.cdiv(T, BLOCK_M) * TILES * SPLITS > MULTIPROCESSORS:      # two at a time on each, where the half holds 3 stages of 64 tokens
-        shared = max(shared // 2, LEAST_SHARED_BYTES if arch else 0)
-    return BLOCK_M, BLOCK_K, SPLITS, num_warps, min(shared // ((BLOCK_M + BLOCK_N) * BLOCK_K * dtype.itemsize), MOST_STAGES)
+    if hopper and kind != PLAIN and BLOCK_N <= 64 and BLOCK_M <= 32 and not 0 < kind.group < 128:
+        num_warps = 2         # too few for wgmma: mma.sync gives the same bits, waits for nothing, and leaves int4 a third fewer instructions
+    shared, stage = SHARED_BYTES.get(arch, LEAST_SHARED_BYTES), BLOCK_M * BLOCK_K * dtype.itemsize + kind.bytes(BLOCK_N, BLOCK_K, dtype)
+    sharing = 2 if triton.cdiv(T, BLOCK_M) * TILES * SPLITS > MULTIPROCESSORS else 1       # programs at a time on a multiprocessor
+    if num_warps == 2:
+        sharing = min(triton.cdiv(TILES * SPLITS, MULTIPROCESSORS), 4)
+    if sharing > 1:           # where its part holds 3 stages of 64 tokens
+        shared = max(shared // sharing, 0 if num_warps == 2 or not arch else LEAST_SHARED_BYTES, min(3 * stage, shared))
+    return BLOCK_M, BLOCK_K, SPLITS, num_warps, max(min(shared // stage, MOST_STAGES), 2)
 
 
 def check_scaled(op: str, name: str, scaled: Scaled, T: int | None, K: int | None, dtypes: tuple[torch.dtype, ...],
@@ -184,21 +204,33 @@ def place(T, C: tl.constexpr):
 
 
 @triton.jit
-def enter(weight_ptr, rows, split, C: tl.constexpr):
-    """Lets the next node start, asks the L2 for the first lines of the weight rows [BLOCK_N] (int64), and waits for the node before."""
+def _ask(addresses):
+    """Asks the L2 for the lines of a tile of addresses, which a prefetch brings nowhere else."""
+    tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [addresses.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
+def enter(weight_ptr, scale_ptr, rows, split, C: tl.constexpr):
+    """Lets the next node start, asks the L2 for the first lines of the weight rows [BLOCK_N] (int64) and their groups' constants, and waits for
+    the node before."""
     if C.LINES:
         cuda.gdc_launch_dependents()
         PER_LINE: tl.constexpr = 1024 // weight_ptr.dtype.element_ty.primitive_bitwidth
-        offs_k = split * (C.STEPS * C.BLOCK_K) + tl.arange(0, C.LINES) * PER_LINE
-        lines = weight_ptr + (tl.minimum(rows, C.N - 1)[:, None] * C.K + tl.minimum(offs_k, C.K - 1)[None, :])
-        tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [lines.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1)
+        COLUMNS: tl.constexpr = 8 if C.KIND == "int4" else 1                               # in an element of the weight
+        known, offs = tl.minimum(rows, C.N - 1), split * (C.STEPS * C.BLOCK_K // COLUMNS) + tl.arange(0, C.LINES) * PER_LINE
+        _ask(weight_ptr + (known[:, None] * C.ROW + tl.minimum(offs, C.ROW - 1)[None, :]))
+        if C.KIND == "int4":
+            GROUPS: tl.constexpr = C.LINES * (max(C.BLOCK_K // C.GROUP, 1) if C.GROUP < C.K else 1)
+            groups = split * C.STEPS * C.BLOCK_K // C.GROUP + tl.arange(0, GROUPS)
+            _ask(scale_ptr + (tl.minimum(groups, C.K // C.GROUP - 1)[:, None] * C.N + known[None, :]))
         cuda.gdc_wait()
 
 
 @triton.jit
 def sums(
     x_ptr,         # [T, K]
-    weight_ptr,    # [N, K]
+    weight_ptr,    # [N, K], or a quantised weight as in _quantized
+    scale_ptr,     # its scale; None for a plain weight
     rows,          # [BLOCK_N] int64: the tile's weight rows; those past N are masked
     rows_x,        # [BLOCK_M]: the rows of x
     mask_live,     # [BLOCK_M]
@@ -207,28 +239,40 @@ def sums(
 ):
     """The split's products [BLOCK_N, BLOCK_M]. `zero` is one that the assembler cannot know: ptxas 12.8 drops wgmma products whose sums start at 0
     and meet a select with 0, as they do at every op's end."""
-    first_k, offs_k = split * (C.STEPS * C.BLOCK_K), tl.arange(0, C.BLOCK_K)
-    x_tile = x_ptr + rows_x.to(tl.int64)[:, None] * stride_xt + (first_k + offs_k)[None, :]
-    weight_tile = weight_ptr + rows[:, None] * C.K + (first_k + offs_k)[None, :]
     acc = tl.full((C.BLOCK_N, C.BLOCK_M), 0, tl.float32) + zero
-    for k in range(0, C.STEPS * C.BLOCK_K, C.BLOCK_K):
-        if C.EVEN:
-            weight = tl.load(weight_tile + k, eviction_policy="evict_first")
-            x = tl.load(x_tile + k, mask_live[:, None], other=0.0)
-        else:
-            mask_k = (first_k + k + offs_k < C.K)[None, :]
-            weight = tl.load(weight_tile + k, (rows < C.N)[:, None] & mask_k, other=0.0, eviction_policy="evict_first")
-            x = tl.load(x_tile + k, mask_live[:, None] & mask_k, other=0.0)
-        acc = tl.dot(weight, x.T, acc, input_precision="ieee")
+    if C.KIND == "int4":
+        x_tile = x_ptr + rows_x.to(tl.int64)[:, None] * stride_xt
+        acc = _quantized.int4_sums(acc, x_tile, weight_ptr, scale_ptr, rows, mask_live, split, C)
+    else:
+        first_k, offs_k = split * (C.STEPS * C.BLOCK_K), tl.arange(0, C.BLOCK_K)
+        x_tile = x_ptr + rows_x.to(tl.int64)[:, None] * stride_xt + (first_k + offs_k)[None, :]
+        weight_tile = weight_ptr + rows[:, None] * C.K + (first_k + offs_k)[None, :]
+        if C.KIND == "fp8 row":                                 # early: it comes while the weights do
+            scale = tl.load(scale_ptr + rows, rows < C.N, other=0.0)
+        # The loop's own stages fetch all its loads ahead, a block's scales too; the kernel's those that feed products alone
+        for k in tl.range(0, C.STEPS * C.BLOCK_K, C.BLOCK_K, num_stages=C.num_stages if C.KIND == "fp8 block" else None):
+            if C.EVEN:
+                weight = tl.load(weight_tile + k, eviction_policy="evict_first")
+                x = tl.load(x_tile + k, mask_live[:, None], other=0.0)
+            else:
+                mask_k = (first_k + k + offs_k < C.K)[None, :]
+                weight = tl.load(weight_tile + k, (rows < C.N)[:, None] & mask_k, other=0.0, eviction_policy="evict_first")
+                x = tl.load(x_tile + k, mask_live[:, None] & mask_k, other=0.0)
+            if C.KIND == "plain":
+                acc = tl.dot(weight, x.T, acc, input_precision="ieee")
+            else:
+                acc = _quantized.fp8_dot(acc, weight, x, scale_ptr, rows, first_k + k, C)
+        if C.KIND == "fp8 row":
+            acc *= scale[:, None]
     return acc
 
 
 @triton.jit
-def serial_sums(x_ptr, weight_ptr, rows, rows_x, mask_live, stride_xt, zero, C: tl.constexpr):
+def serial_sums(x_ptr, weight_ptr, scale_ptr, rows, rows_x, mask_live, stride_xt, zero, C: tl.constexpr):
     """The sums over all splits, added as `collect` adds them. The arguments are those of `sums`."""
     acc = tl.full((C.BLOCK_N, C.BLOCK_M), 0, tl.float32)
     for split in range(C.SPLITS):
-        acc += sums(x_ptr, weight_ptr, rows, rows_x, mask_live, stride_xt, split, zero, C)
+        acc += sums(x_ptr, weight_ptr, scale_ptr, rows, rows_x, mask_live, stride_xt, split, zero, C)
     return acc
 
 

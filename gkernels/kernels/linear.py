@@ -1,12 +1,13 @@
 """Linear:  out = x @ weight.T + bias,  alone, after an RMSNorm:  rmsnorm(row, norm) @ weight.T + bias,  or into a residual:  residual += it.
 
-x [T, K] with any row stride, weight [N, K], bias [N] or None -> out [T, N] in x's dtype, or float32 (logits); residual [T, N].
-float32 sums, one cast. An RMSNorm is shared with the node before (see _product.Scaled): norm_linear takes rows that are scaled by the norm already,
-and linear_residual leaves such rows for the next product. norm_linear may gather: row i of its output is row index[i] of x.
+x [T, K] with any row stride, weight [N, K], which may be Quantized in the fused ops (see _quantized), bias [N] or None -> out [T, N] in x's
+dtype, or float32 (logits); residual [T, N]. float32 sums, one cast. An RMSNorm is shared with the node before (see _product.Scaled): norm_linear
+takes rows that are scaled by the norm already, and linear_residual leaves such rows for the next product. norm_linear may gather: row i of its
+output is row index[i] of x.
 Graph-safe: the path, the grid and the tiles depend on T, N and K only; rows at or past num_tokens[0] are written as zeros and change nothing.
-Batch-invariant: all sums over K are made in one order, fixed by (N, K, dtype) and whether there is a workspace, so a row's bits are the same for
-any T, tile, place and neighbours. `linear` alone is so up to MOST_TOKENS rows only, unless it is asked to stay `invariant`: above them torch
-multiplies, faster, and its bits may depend on T. With a workspace K is split where N gives few programs.
+Batch-invariant: all sums over K are made in one order, fixed by (N, K, dtype, kind of weight) and whether there is a workspace, so a row's bits
+are the same for any T, tile, place and neighbours. `linear` alone is so up to MOST_TOKENS rows only, unless it is asked to stay `invariant`: above
+them torch multiplies, faster, and its bits may depend on T. With a workspace K is split where N gives few programs.
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ import triton.language as tl
 
 from . import _check, _product
 from ._product import MOST_TOKENS, Scaled, Tile, Workspace
+from ._quantized import PLAIN, Kind, Quantized, check_weight
 
-__all__ = ["MOST_TOKENS", "Scaled", "Workspace", "linear", "linear_out", "linear_residual", "norm_linear", "norm_linear_out"]
+__all__ = ["MOST_TOKENS", "Quantized", "Scaled", "Workspace", "linear", "linear_out", "linear_residual", "norm_linear", "norm_linear_out"]
 
 
 @triton.jit(do_not_specialize=["T", "X"], do_not_specialize_on_alignment=["num_tokens_ptr", "index_ptr"])
@@ -26,7 +28,8 @@ def _linear_kernel(
     x_ptr,             # [X, K]
     squares_ptr,       # [X, PARTS]; None without a norm
     index_ptr,         # [T] int32, rows of x; None where row i of out is that of x
-    weight_ptr,        # [N, K]
+    weight_ptr,        # [N, K], or as _quantized describes it
+    scale_ptr,         # of a quantised weight; None for a plain one
     bias_ptr,          # [N]; None without a bias
     out_ptr,           # [T, N]; read too where IS_RESIDUAL
     norm_ptr,          # [N], of the norm after the residual; None without one
@@ -40,7 +43,7 @@ def _linear_kernel(
 ):
     pid_m, pid_n, split, tile = _product.place(T, C)
     offs_m, offs_n = pid_m * C.BLOCK_M + tl.arange(0, C.BLOCK_M), pid_n * C.BLOCK_N + tl.arange(0, C.BLOCK_N)
-    _product.enter(weight_ptr, offs_n.to(tl.int64), split, C)
+    _product.enter(weight_ptr, scale_ptr, offs_n.to(tl.int64), split, C)
     # [BLOCK_N, BLOCK_M]
     out = out_ptr + offs_m.to(tl.int64)[None, :] * stride_ot + offs_n[:, None]
     mask_out = (offs_n < C.N)[:, None] & (offs_m < T)[None, :]
@@ -65,9 +68,9 @@ def _linear_kernel(
         squares = _product.load_squares(squares_ptr, rows_x, mask_live, PARTS)
     rows, zero = offs_n.to(tl.int64), (T >> 31).to(tl.float32)
     if C.SERIAL:
-        acc = _product.serial_sums(x_ptr, weight_ptr, rows, rows_x, mask_live, stride_xt, zero, C)
+        acc = _product.serial_sums(x_ptr, weight_ptr, scale_ptr, rows, rows_x, mask_live, stride_xt, zero, C)
     else:
-        acc = _product.sums(x_ptr, weight_ptr, rows, rows_x, mask_live, stride_xt, split, zero, C)
+        acc = _product.sums(x_ptr, weight_ptr, scale_ptr, rows, rows_x, mask_live, stride_xt, split, zero, C)
         if C.SPLITS > 1:
             if not _product.leave(acc, partials_ptr, counters_ptr, tile, split, C):
                 return
@@ -104,9 +107,9 @@ def _zero_pads_kernel(
             tl.store(out_ptr + token.to(tl.int64) * stride_ot + offs_n, tl.full((BLOCK_N,), 0, out_ptr.dtype.element_ty), offs_n < N)
 
 
-def config(T: int, N: int, K: int, dtype: torch.dtype, splits: bool = False) -> Tile:
+def config(T: int, N: int, K: int, dtype: torch.dtype, splits: bool = False, kind: Kind = PLAIN) -> Tile:
     """BLOCK_N, BLOCK_K and SPLITS ignore T, which is what keeps rows bitwise the same."""
-    return _product.tile(T, N, K, dtype, splits)
+    return _product.tile(T, N, K, dtype, splits, kind=kind)
 
 
 def _torch_linear(x, weight, bias, out, num_tokens):
@@ -126,9 +129,10 @@ def _torch_linear(x, weight, bias, out, num_tokens):
         _zero_pads_kernel[(T,)](out, num_tokens, out.stride(0), N=N, BLOCK_N=min(triton.next_power_of_2(N), 4096), num_warps=4)
 
 
-def _launch(op, x, weight, out, bias, num_tokens, workspace, squares=None, parts=0, eps=0.0, index=None, is_residual=False, norm=None, scaled=None,
+def _launch(op, x, checked, out, bias, num_tokens, workspace, squares=None, parts=0, eps=0.0, index=None, is_residual=False, norm=None, scaled=None,
             invariant=True):
-    _check.tensor(op, "weight", weight, (None, x.shape[1]), (x.dtype,), x.device, dense=2)
+    """checked: what `check_weight` returns."""
+    weight, scale, kind = checked
     (X, K), N, T = x.shape, weight.shape[0], x.shape[0] if index is None else index.shape[0]
     _check.require(K >= 1 and N >= 1, op, "weight", f"shape [{N}, {K}]", "at least one row and one column")
     _check.tensor(op, "residual" if is_residual else "out", out, (T, N), (x.dtype,) if is_residual or x.dtype == torch.float32 else
@@ -136,10 +140,10 @@ def _launch(op, x, weight, out, bias, num_tokens, workspace, squares=None, parts
     if bias is not None:
         _check.tensor(op, "bias", bias, (N,), (x.dtype,), x.device)
     _check.counter(op, "num_tokens", num_tokens, x.device)
-    if T > MOST_TOKENS and not invariant:
+    if T > MOST_TOKENS and kind == PLAIN and not invariant:
         _torch_linear(x, weight, bias, out, num_tokens)
         return
-    c = config(T, N, K, x.dtype, workspace is not None)
+    c = config(T, N, K, x.dtype, workspace is not None, kind)
     if norm is not None:
         _check.tensor(op, "norm", norm, (N,), (x.dtype,), x.device)
         left = _product.check_scaled(op, "scaled", scaled, T, N, (x.dtype,), x.device, writes=True)
@@ -147,8 +151,9 @@ def _launch(op, x, weight, out, bias, num_tokens, workspace, squares=None, parts
     if T == 0:
         return
     _linear_kernel[c.grid(T)](
-        x, squares, index, weight, bias, out, norm, *(scaled or (None, None)), *_product.check_workspace(op, workspace, c, T, x.device), num_tokens,
-        T, X, x.stride(0), out.stride(0), scaled.x.stride(0) if scaled else 0, eps, IS_RESIDUAL=is_residual, PARTS=parts, C=c, **c.options())
+        x, squares, index, weight, scale, bias, out, norm, *(scaled or (None, None)), *_product.check_workspace(op, workspace, c, T, x.device),
+        num_tokens, T, X, x.stride(0), out.stride(0), scaled.x.stride(0) if scaled else 0, eps,
+        IS_RESIDUAL=is_residual, PARTS=parts, C=c, **c.options())
 
 
 def linear_out(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, bias: torch.Tensor | None = None,
@@ -156,7 +161,7 @@ def linear_out(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, bias: t
     """Writes x @ weight.T + bias to `out`, which must not overlap `x`. Shapes: see the module. invariant: a row's bits do not depend on T, also
     above MOST_TOKENS rows. Raises ValueError or TypeError."""
     _check.tensor("linear", "x", x, (None, None), _check.FLOATS)
-    _launch("linear", x, weight, out, bias, num_tokens, workspace, invariant=invariant)
+    _launch("linear", x, check_weight("linear", weight, None, x.shape[1], x), out, bias, num_tokens, workspace, invariant=invariant)
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, num_tokens: torch.Tensor | None = None,
@@ -167,7 +172,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     return out
 
 
-def norm_linear_out(scaled: Scaled, weight: torch.Tensor, eps: float, out: torch.Tensor, bias: torch.Tensor | None = None,
+def norm_linear_out(scaled: Scaled, weight: torch.Tensor | Quantized, eps: float, out: torch.Tensor, bias: torch.Tensor | None = None,
                     num_tokens: torch.Tensor | None = None, workspace: Workspace | None = None, index: torch.Tensor | None = None) -> None:
     """Writes rmsnorm(row, norm, eps) @ weight.T + bias to `out`, which must not overlap `scaled`. With `index`, int32 [T'],
     they are those rows: zeros for a negative one, NaN for one that does not exist."""
@@ -175,11 +180,12 @@ def norm_linear_out(scaled: Scaled, weight: torch.Tensor, eps: float, out: torch
     parts = _product.check_scaled(op, "scaled", scaled, None, None, _check.FLOATS, None)
     if index is not None:
         _check.tensor(op, "index", index, (None,), (torch.int32,), x.device, aligned=False)
-    _launch(op, x, weight, out, bias, num_tokens, workspace, scaled.squares, parts, eps, index)
+    _launch(op, x, check_weight(op, weight, None, x.shape[1], x), out, bias, num_tokens, workspace, scaled.squares, parts, eps, index)
 
 
-def norm_linear(scaled: Scaled, weight: torch.Tensor, eps: float = 1e-6, bias: torch.Tensor | None = None, num_tokens: torch.Tensor | None = None,
-                dtype: torch.dtype | None = None, workspace: Workspace | None = None, index: torch.Tensor | None = None) -> torch.Tensor:
+def norm_linear(scaled: Scaled, weight: torch.Tensor | Quantized, eps: float = 1e-6, bias: torch.Tensor | None = None,
+                num_tokens: torch.Tensor | None = None, dtype: torch.dtype | None = None, workspace: Workspace | None = None,
+                index: torch.Tensor | None = None) -> torch.Tensor:
     """Returns rmsnorm(row, norm, eps) @ weight.T + bias in x's dtype, or in `dtype`; rows at or past num_tokens[0] are zeros."""
     x, rows = scaled.x, scaled.x if index is None else index
     out = torch.empty(rows.shape[0], weight.shape[0], dtype=dtype or x.dtype, device=x.device)
@@ -187,7 +193,7 @@ def norm_linear(scaled: Scaled, weight: torch.Tensor, eps: float = 1e-6, bias: t
     return out
 
 
-def linear_residual(x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor, bias: torch.Tensor | None = None,
+def linear_residual(x: torch.Tensor, weight: torch.Tensor | Quantized, residual: torch.Tensor, bias: torch.Tensor | None = None,
                     num_tokens: torch.Tensor | None = None, workspace: Workspace | None = None, norm: torch.Tensor | None = None,
                     scaled: Scaled | None = None) -> None:
     """residual += x @ weight.T + bias in place, rounded once; rows at or past num_tokens[0] become zeros. With `norm` [N] of the RMSNorm that
@@ -195,4 +201,5 @@ def linear_residual(x: torch.Tensor, weight: torch.Tensor, residual: torch.Tenso
     op = "linear_residual"
     _check.tensor(op, "x", x, (None, None), _check.FLOATS)
     _check.require((norm is None) == (scaled is None), op, "norm", "one of norm and scaled", "both or none")
-    _launch(op, x, weight, residual, bias, num_tokens, workspace, is_residual=True, norm=norm, scaled=scaled)
+    checked = check_weight(op, weight, None, x.shape[1], x)
+    _launch(op, x, checked, residual, bias, num_tokens, workspace, is_residual=True, norm=norm, scaled=scaled)

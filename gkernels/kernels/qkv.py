@@ -3,8 +3,8 @@ embedding, and the write of k and v to their cache slots.
 
   [q, k, v] = rmsnorm(row, norm) @ weight.T + bias;  q_out = rotate(rmsnorm(q, q_norm));  cache[slot] = rotate(rmsnorm(k, k_norm)), v
 scaled: x = row * norm [T, K] with any row stride, and the rows' squares (see _product.Scaled); weight [(H + 2 KV) D, K] (the rows of q, then k,
-then v), bias [(H + 2 KV) D] or None, q_norm and k_norm [D] or None, positions int32 [T], cos_sin float32 [L, rotary_dim], slot_mapping int64
-[T], caches [N, P, KV, D] -> q_out [T, H, D].
+then v), which may be Quantized (see _quantized), bias [(H + 2 KV) D] or None, q_norm and k_norm [D] or None, positions int32 [T], cos_sin float32
+[L, rotary_dim], slot_mapping int64 [T], caches [N, P, KV, D] -> q_out [T, H, D].
 The pairs of a head are (d, d + rotary_dim / 2); dimensions past rotary_dim are copied. float32 from the product on, one cast at each store.
 Graph-safe: the grid and the tiles depend on T, K and the heads only; rows at or past num_tokens[0] are zeros in q_out, are never read, and
 write to no slot, and neither does a slot outside the cache. A position outside the table gives NaN in q and k.
@@ -19,6 +19,7 @@ import triton.language as tl
 
 from . import _check, _product
 from ._product import Scaled, Tile, Workspace
+from ._quantized import PLAIN, Kind, Quantized, check_weight
 from .kv_cache import locate_slot
 
 MAX_D = 128               # wider heads spill
@@ -36,7 +37,8 @@ def _store_pairs(tile, first, second, offs_first, offs_second, mask_first, mask_
 def _norm_qkv_kernel(
     x_ptr,             # [T, K]
     squares_ptr,       # [T, PARTS]
-    weight_ptr,        # [(H + 2 KV) D, K]
+    weight_ptr,        # [(H + 2 KV) D, K], or as _quantized describes it
+    scale_ptr,         # of a quantised weight; None for a plain one
     bias_ptr,          # [(H + 2 KV) D]; None without a bias
     q_norm_ptr,        # [D]; None without a norm of q's heads
     k_norm_ptr,        # [D]; None without a norm of k's heads
@@ -63,7 +65,7 @@ def _norm_qkv_kernel(
     column = offs_n % HALF + tl.where(offs_n % HALF < ROTARY, offs_n // HALF * ROTARY, ROTARY + offs_n // HALF * REST)
     is_row = (offs_n % HALF < ROTARY + REST) & (column < D)
     rows = tl.where(is_row, head * D + column, C.N).to(tl.int64)
-    _product.enter(weight_ptr, rows, split, C)
+    _product.enter(weight_ptr, scale_ptr, rows, split, C)
     # [HALF, 1]
     is_rotary = (pair < ROTARY)[:, None]
     offs_first, offs_second = (pair + tl.where(pair < ROTARY, 0, ROTARY))[:, None], (pair + tl.where(pair < ROTARY, ROTARY, ROTARY + REST))[:, None]
@@ -82,9 +84,9 @@ def _norm_qkv_kernel(
     squares = _product.load_squares(squares_ptr, offs_m, mask_live, PARTS)
     zero = (T >> 31).to(tl.float32)
     if C.SERIAL:
-        acc = _product.serial_sums(x_ptr, weight_ptr, rows, offs_m, mask_live, stride_xt, zero, C)
+        acc = _product.serial_sums(x_ptr, weight_ptr, scale_ptr, rows, offs_m, mask_live, stride_xt, zero, C)
     else:
-        acc = _product.sums(x_ptr, weight_ptr, rows, offs_m, mask_live, stride_xt, split, zero, C)
+        acc = _product.sums(x_ptr, weight_ptr, scale_ptr, rows, offs_m, mask_live, stride_xt, split, zero, C)
         if C.SPLITS > 1:
             if not _product.leave(acc, partials_ptr, counters_ptr, tile, split, C):
                 return
@@ -125,13 +127,13 @@ def _norm_qkv_kernel(
             _store_pairs(v_tile, first, second, offs_first, offs_second, is_first & is_slot, is_second & is_slot)
 
 
-def config(T: int, heads: int, D: int, rotary_dim: int, K: int, dtype: torch.dtype, splits: bool) -> Tile:
+def config(T: int, heads: int, D: int, rotary_dim: int, K: int, dtype: torch.dtype, splits: bool, kind: Kind = PLAIN) -> Tile:
     """A tile is a head, its pairs padded to a power of two."""
     pairs = rotary_dim // 2 + (D - rotary_dim + 1) // 2
-    return _product.tile(T, heads * D, K, dtype, splits, (max(2 * triton.next_power_of_2(pairs), 16), heads))
+    return _product.tile(T, heads * D, K, dtype, splits, (max(2 * triton.next_power_of_2(pairs), 16), heads), kind)
 
 
-def norm_qkv(scaled: Scaled, weight: torch.Tensor, eps: float, positions: torch.Tensor, cos_sin: torch.Tensor,
+def norm_qkv(scaled: Scaled, weight: torch.Tensor | Quantized, eps: float, positions: torch.Tensor, cos_sin: torch.Tensor,
              slot_mapping: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, q_out: torch.Tensor, bias: torch.Tensor | None = None,
              q_norm: torch.Tensor | None = None, k_norm: torch.Tensor | None = None, num_tokens: torch.Tensor | None = None,
              workspace: Workspace | None = None) -> None:
@@ -146,7 +148,7 @@ def norm_qkv(scaled: Scaled, weight: torch.Tensor, eps: float, positions: torch.
     N, P, KV, _ = k_cache.shape
     _check.tensor(op, "v_cache", v_cache, (N, P, KV, D), (k_cache.dtype,), device, writes=True)
     _check.require(N * P * KV >= 1 and H % KV == 0, op, "k_cache", f"shape {list(k_cache.shape)}", f"pages, and heads that divide the {H} of q")
-    _check.tensor(op, "weight", weight, ((H + 2 * KV) * D, K), (x.dtype,), device, dense=2)
+    weight, scale, kind = check_weight(op, weight, (H + 2 * KV) * D, K, x)
     _check.require(K >= 1, op, "scaled.x", "no columns", "at least one")
     _check.tensor(op, "positions", positions, (T,), (torch.int32,), device, aligned=False)
     _check.tensor(op, "slot_mapping", slot_mapping, (T,), (torch.int64,), device, aligned=False)
@@ -159,9 +161,9 @@ def norm_qkv(scaled: Scaled, weight: torch.Tensor, eps: float, positions: torch.
     _check.counter(op, "num_tokens", num_tokens, device)
     if T == 0:
         return
-    c = config(T, H + 2 * KV, D, rotary_dim, K, x.dtype, workspace is not None)
+    c = config(T, H + 2 * KV, D, rotary_dim, K, x.dtype, workspace is not None, kind)
     _norm_qkv_kernel[c.grid(T)](
-        x, scaled.squares, weight, bias, q_norm, k_norm, positions, cos_sin, slot_mapping, k_cache, v_cache, q_out,
+        x, scaled.squares, weight, scale, bias, q_norm, k_norm, positions, cos_sin, slot_mapping, k_cache, v_cache, q_out,
         *_product.check_workspace(op, workspace, c, T, device), num_tokens, T, L, N, eps,
         x.stride(0), *k_cache.stride()[:3], *v_cache.stride()[:3], *q_out.stride()[:2],
         H=H, KV=KV, D=D, ROTARY=rotary_dim // 2, PAGE_SIZE=P, PARTS=parts, C=c, **c.options())

@@ -6,7 +6,6 @@ T tokens of any mix of requests, back to back, come in with their `Schedule`; th
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 
@@ -14,7 +13,7 @@ from .. import ops
 from .cache import PagedCache
 from .config import LlamaConfig
 from .load import LayerWeights, Weights
-from .quantized import Quantized, product
+from .quantized import product
 
 
 @dataclass
@@ -48,10 +47,8 @@ class Llama:
         return self.head(x, None if every_row else plan.last_token)
 
     def is_fused(self, residual: torch.Tensor) -> bool:
-        """Whether a step of this capacity takes five nodes a layer instead of nine: each norm is shared by the node before and the node after it.
-        Quantised weights have no such nodes yet."""
-        is_small = self.invariant or residual.shape[0] <= ops.MOST_TOKENS
-        return is_small and self.config.head_dim <= ops.MOST_HEAD_DIM and self.config.quantization is None
+        """Whether a step of this capacity takes five nodes a layer instead of nine: each norm is shared by the node before and the node after it."""
+        return (self.invariant or residual.shape[0] <= ops.MOST_TOKENS) and self.config.head_dim <= ops.MOST_HEAD_DIM
 
     def scaled(self, residual: torch.Tensor) -> ops.Scaled:
         """Room for what the fused nodes hand on."""
@@ -73,7 +70,7 @@ class Llama:
         H, K, D, eps = c.num_heads, c.num_kv_heads, c.head_dim, c.rms_norm_eps
         rotated = torch.empty(T, H, D, dtype=residual.dtype, device=residual.device)
         if isinstance(x, ops.Scaled):
-            ops.norm_qkv(x, cast(torch.Tensor, layer.qkv), eps, plan.positions, self.cos_sin, plan.slot_mapping, k_cache, v_cache, rotated,
+            ops.norm_qkv(x, layer.qkv, eps, plan.positions, self.cos_sin, plan.slot_mapping, k_cache, v_cache, rotated,
                          layer.qkv_bias, layer.q_norm, layer.k_norm, n, self.scratch)
         else:
             q, k, v = self.product(x, layer.qkv, layer.qkv_bias, n).view(T, H + 2 * K, D).split([H, K, K], dim=1)
@@ -87,21 +84,21 @@ class Llama:
                      n: torch.Tensor) -> torch.Tensor | ops.Scaled:
         """Adds the MLP to the residual and returns the input of the next layer."""
         if isinstance(x, ops.Scaled):
-            gated = ops.norm_gate_up(x, cast(torch.Tensor, layer.gate_up), self.config.rms_norm_eps, layer.gate_up_bias, n)
+            gated = ops.norm_gate_up(x, layer.gate_up, self.config.rms_norm_eps, layer.gate_up_bias, n)
         else:
             gated = ops.silu_and_mul(self.product(x, layer.gate_up, layer.gate_up_bias, n), n)
         return self.add(gated, layer.down, layer.down_bias, residual, next_norm, n)
 
-    def add(self, x: torch.Tensor, weight: torch.Tensor | Quantized, bias: torch.Tensor | None, residual: torch.Tensor, norm: torch.Tensor,
+    def add(self, x: torch.Tensor, weight: torch.Tensor | ops.Quantized, bias: torch.Tensor | None, residual: torch.Tensor, norm: torch.Tensor,
             n: torch.Tensor) -> torch.Tensor | ops.Scaled:
         """residual += x @ weight.T + bias; returns what the next node reads."""
         if not self.is_fused(residual):
             return ops.add_rmsnorm(self.product(x, weight, bias, n), residual, norm, self.config.rms_norm_eps, n)
         scaled = self.scaled(residual)
-        ops.linear_residual(x, cast(torch.Tensor, weight), residual, bias, n, self.scratch, norm, scaled)
+        ops.linear_residual(x, weight, residual, bias, n, self.scratch, norm, scaled)
         return scaled
 
-    def product(self, x: torch.Tensor, weight: torch.Tensor | Quantized, bias: torch.Tensor | None, n: torch.Tensor) -> torch.Tensor:
+    def product(self, x: torch.Tensor, weight: torch.Tensor | ops.Quantized, bias: torch.Tensor | None, n: torch.Tensor) -> torch.Tensor:
         return product(x, weight, bias, n, self.invariant)
 
     def head(self, x: torch.Tensor | ops.Scaled, index: torch.Tensor | None) -> torch.Tensor:

@@ -14,10 +14,11 @@ from pathlib import Path
 
 import torch
 
+from ..ops import Quantized
 from ..progress import progress
 from . import optional
 from .config import LlamaConfig, read_json
-from .quantized import Quantized, Scheme, fuse
+from .quantized import Scheme, empty, fuse
 
 FLOATS = ("F16", "BF16", "F32", "F64")
 PICKLES = (".bin", ".pt", ".pth", ".pkl")
@@ -115,6 +116,16 @@ def empty_weights(config: LlamaConfig, device: torch.device | str, dtype: torch.
     layers = [layer() for _ in range(config.num_layers)]
     embed = new(config.vocab_size, config.hidden_size)
     return Weights(embed, layers, new(config.hidden_size), embed if tied else new(config.vocab_size, config.hidden_size))
+
+
+def empty_projections(weights: Weights, config: LlamaConfig) -> None:
+    """Gives `empty_weights` room for quantised projections, which a checkpoint brings along: for those who want shapes alone."""
+    if config.quantization is None:
+        return
+    for layer in weights.layers:
+        for field, parts in _projections(config).items():
+            N, K = sum(rows for rows, _ in parts.values()), next(iter(parts.values()))[1]
+            setattr(layer, field, empty(config.quantization, N, K, weights.embed.device))
 
 
 def views(weights: Weights, config: LlamaConfig) -> dict[str, torch.Tensor]:

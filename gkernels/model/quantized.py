@@ -71,21 +71,12 @@ class Scheme:
         return {module + key: value for key, value in tensors.items()} | ({module + "g_idx": ((K,), ("I32",))} if self.method == "gptq" else {})
 
 
-@dataclass(frozen=True)
-class Quantized:
-    """A fused weight of `product`, as gkernels.kernels.linear_quantized describes it."""
-
-    method: str                # "fp8" or "int4"
-    weight: torch.Tensor
-    scale: torch.Tensor
-
-
-def fuse(scheme: Scheme, parts: list[dict[str, torch.Tensor]]) -> Quantized:
+def fuse(scheme: Scheme, parts: list[dict[str, torch.Tensor]]) -> ops.Quantized:
     """One weight of the parts' rows, each {last word of the name: tensor} of a projection. ValueError or TypeError on contents that do not serve."""
     if scheme.method != "fp8":
         pack = ops.pack_gptq if scheme.method == "gptq" else ops.pack_awq
         weights, scales = zip(*(pack(**part) for part in parts), strict=True)
-        return Quantized("int4", torch.cat(weights), torch.cat(scales, 1))
+        return ops.Quantized(torch.cat(weights), torch.cat(scales, 1))
     weight = torch.cat([part["weight"].view(torch.uint8) for part in parts]).view(torch.float8_e4m3fn)
     if scheme.has_blocks:
         for part in parts[:-1]:
@@ -99,12 +90,21 @@ def fuse(scheme: Scheme, parts: list[dict[str, torch.Tensor]]) -> Quantized:
                 raise ValueError(f"gkernels.model: weight_scale: got {part['weight_scale'].numel()} numbers, expected 1 or {len(part['weight'])}")
         scale = torch.cat([part["weight_scale"].float().flatten().expand(len(part["weight"])) for part in parts])
     ops.check_fp8(weight, scale)
-    return Quantized("fp8", weight, scale)
+    return ops.Quantized(weight, scale)
 
 
-def product(x: torch.Tensor, weight: torch.Tensor | Quantized, bias: torch.Tensor | None = None,
+def empty(scheme: Scheme, N: int, K: int, device: torch.device | str) -> ops.Quantized:
+    """Room for a weight [N, K] of a checkpoint, as `fuse` makes it."""
+    if scheme.method == "fp8":
+        shape = (-(-N // SCALE_BLOCK), -(-K // SCALE_BLOCK)) if scheme.has_blocks else (N,)
+        return ops.Quantized(torch.empty(N, K, dtype=torch.float8_e4m3fn, device=device), torch.empty(shape, dtype=torch.float32, device=device))
+    return ops.Quantized(torch.empty(N, -(-K // 256) * 32, dtype=torch.int32, device=device),
+                         torch.empty(K // (scheme.group or K), N, dtype=torch.int32, device=device))
+
+
+def product(x: torch.Tensor, weight: torch.Tensor | ops.Quantized, bias: torch.Tensor | None = None,
             num_tokens: torch.Tensor | None = None, invariant: bool = False) -> torch.Tensor:
     """x @ weight.T + bias for a weight of any kind; a quantised one's rows are always invariant."""
     if isinstance(weight, torch.Tensor):
         return ops.linear(x, weight, bias, num_tokens, invariant=invariant)
-    return (ops.linear_fp8 if weight.method == "fp8" else ops.linear_int4)(x, weight.weight, weight.scale, bias, num_tokens)
+    return (ops.linear_int4 if weight.weight.dtype == torch.int32 else ops.linear_fp8)(x, *weight, bias, num_tokens)
