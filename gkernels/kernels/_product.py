@@ -150,7 +150,8 @@ def _block(T, K, dtype, splits, BLOCK_N, TILES, kind):
         widest = (MOST_ROWS if kind == PLAIN else 64) if hopper else 32     # sm_80 spills where 64 rows have two sums
     else:
         widest = 64 if half and arch != 100 else 32     # sm_100 spills beside 64 rows' squares
-    if kind.name == "int4" and kind.group < 128:    # sums of several groups at once: 64 rows spill 424 bytes on sm_80
+    # Sums of several groups at once: 64 rows spill 424 bytes on sm_80; and on gfx942 32 rows of a head of 128 spill
+    if (kind.name == "int4" and kind.group < 128) or (kind != PLAIN and not arch):
         widest = 32
     BLOCK_M = max(min(triton.next_power_of_2(T), widest if BLOCK_N <= 64 else widest // 2), 16)
     # Tiles of 128 x 128 spill but on Hopper, which reads them from shared memory
