@@ -111,9 +111,12 @@ def _adjust_kernel(
             x = tl.where(seen, tl.where(x > 0.0, x / repetition, x * repetition), x)
             x = x - frequency * count.to(tl.float32) - tl.where(count > 0, presence, 0.0)
     if HAS_ALLOWED:
-        known = mask & (line >= 0) & (line < allowed_lines)
-        bit = (tl.load(allowed_ptr + line * stride_ar + offs_v // 32, known, other=-1) >> (offs_v % 32)) & 1
-        x = tl.where(bit != 0, x, -_INF)
+        offs_w = chunk * (CHUNK // 32) + tl.arange(0, CHUNK // 32)                 # [CHUNK / 32]
+        known = (offs_w * 32 < V) & (line >= 0) & (line < allowed_lines)
+        words = tl.load(allowed_ptr + line * stride_ar + offs_w, known, other=-1)
+        if tl.min((words == -1).to(tl.int32), 0) == 0:                             # most rows have no grammar, and leave a bit a token unread
+            bit = (tl.load(allowed_ptr + line * stride_ar + offs_v // 32, mask, other=0) >> (offs_v % 32)) & 1
+            x = tl.where(bit != 0, x, -_INF)
     if HAS_BANNED:
         x, is_bad_id = _ban(x, offs_v, banned_ptr + row * W, True, V, W, BLOCK_W, CHUNK)
         is_bad = is_bad | is_bad_id
