@@ -56,7 +56,7 @@ def adjustments(R, row):
     prompt, allowed = torch.zeros(R, words, dtype=torch.int32, device="cuda"), torch.full((R, words), -1, dtype=torch.int32, device="cuda")
     real = torch.float32
     return adjust.Adjustments(ids(32), torch.randn(R, 32, device="cuda"), row(1.1, real), row(0.5, real), row(0.5, real), counts, prompt, allowed,
-                              ids(8), ids(8), row(4), row(9))
+                              ids(8), ids(8), row(4), row(9), torch.arange(R, dtype=torch.int32, device="cuda"))
 
 
 def plain(logits, all_on, temperature, top_k, top_p, min_p):

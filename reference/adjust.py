@@ -10,6 +10,7 @@ def adjust(logits, adjustments, seq_lens, status):
     a, (R, V), live = adjustments, logits.shape, seq_lens > 0
     x = logits if logits.dtype == torch.float64 else logits.float()
     bad = torch.zeros(R, dtype=torch.bool, device=x.device)
+    slots = torch.arange(R, device=x.device) if a.slots is None else a.slots.long()
     if a.bias is not None:
         good = a.bias.isfinite()
         bad |= wrong(a.bias_ids, V) | ((a.bias_ids >= 0) & ~good).any(-1)
@@ -19,14 +20,12 @@ def adjust(logits, adjustments, seq_lens, status):
         bad |= ~(good[0] & (a.repetition > 0) & good[1] & good[2])
         repetition = torch.where(good[0] & (a.repetition > 0), a.repetition, 1.0).to(x.dtype)[:, None]
         presence, frequency = (torch.where(ok, t, 0.0).to(x.dtype)[:, None] for ok, t in zip(good[1:], (a.presence, a.frequency), strict=True))
-        slots = torch.arange(R, device=x.device) if a.slots is None else a.slots.long()
-        known = ((slots >= 0) & (slots < min(len(a.counts), len(a.prompt))))[:, None]
-        slots = torch.where(known[:, 0], slots, 0)
-        count = torch.where(known, a.counts[slots], 0).clamp(min=0)
-        seen = (count > 0) | unpacked(torch.where(known, a.prompt[slots], 0), V)
+        slot = torch.where(slots < min(len(a.counts), len(a.prompt)), slots, -1)
+        count = lines(a.counts, slot, 0).clamp(min=0)
+        seen = (count > 0) | unpacked(lines(a.prompt, slot, 0), V)
         x = torch.where(seen, torch.where(x > 0, x / repetition, x * repetition), x) - frequency * count - torch.where(count > 0, presence, 0.0)
     if a.allowed is not None:
-        x = x.masked_fill(~unpacked(a.allowed, V), -torch.inf)
+        x = x.masked_fill(~unpacked(lines(a.allowed, slots, -1), V), -torch.inf)
     if a.banned_ids is not None:
         bad |= wrong(a.banned_ids, V)
         x = x.masked_fill(members(a.banned_ids, V), -torch.inf)
@@ -35,6 +34,12 @@ def adjust(logits, adjustments, seq_lens, status):
         x = x.masked_fill(members(a.stop_ids, V) & (a.generated < a.min_tokens)[:, None], -torch.inf)
     status |= torch.where(live & bad, BAD_OPTION, 0).to(status.dtype)
     return torch.where(live[:, None], x, 0.0)
+
+
+def lines(table, slots, outside):
+    """[R, width]: each slot's line of a table, and `outside` all along where there is none."""
+    known = (slots >= 0) & (slots < len(table))
+    return torch.cat([table, table.new_full((1, table.shape[1]), outside)])[torch.where(known, slots, -1)]
 
 
 def wrong(ids, V):

@@ -261,9 +261,10 @@ def adjust(device, dtype):
         logits, full = torch.zeros(2, V, dtype=dtype, device=device), lambda *shape: torch.zeros(2, *shape, dtype=torch.int32, device=device)
         lens, words, one = full() + 1, -(-V // 32), torch.ones(2, device=device)
         every = adjust.Adjustments(full(5), torch.zeros(2, 5, device=device), one, one, one, full(V), full(words), full(words) - 1, full(3), full(2),
-                                   full(), full())
+                                   full(), full(), full())
         yield f"V{V}", adjust.adjust_out, (logits, every, lens, full(), torch.empty(2, V, device=device))
-        yield f"V{V} in place", adjust.adjust_out, (logits, adjust.Adjustments(banned_ids=full(3)), lens, full(), logits)
+        masks = adjust.Adjustments(allowed=full(words) - 1, banned_ids=full(3))
+        yield f"V{V} in place", adjust.adjust_out, (logits, masks, lens, full(), logits)
 
 
 @room

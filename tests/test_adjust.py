@@ -25,10 +25,12 @@ def draw(seed, V, chosen, device):
     reals = lambda *shape: torch.randn(shape, generator=random).to(device)
     off = lambda value, neutral: torch.where(torch.rand(R, generator=random).to(device) < 0.3, neutral, value)
     words = -(-V // 32)
-    every = dict(bias_ids=ints(-1, V, R, 5), bias=reals(R, 5) * 3, repetition=off(reals(R).exp(), 1.0), presence=off(reals(R), 0.0),
-                 frequency=off(reals(R), 0.0), counts=ints(-2, 4, R, V), prompt=ints(-2**31, 2**31, R, words), allowed=ints(-2**31, 2**31, R, words),
-                 banned_ids=ints(-1, V, R, 3), stop_ids=ints(-1, V, R, 2), min_tokens=ints(0, 4, R), generated=ints(0, 4, R))
     slots = torch.randperm(R + 2, generator=random)[:R].to(torch.int32).to(device) - 1 if seed % 2 else None
+    lines = R if slots is None else R - 1                  # of allowed; slots lie in both tables, in one or in none
+    every = dict(bias_ids=ints(-1, V, R, 5), bias=reals(R, 5) * 3, repetition=off(reals(R).exp(), 1.0), presence=off(reals(R), 0.0),
+                 frequency=off(reals(R), 0.0), counts=ints(-2, 4, R, V), prompt=ints(-2**31, 2**31, R, words),
+                 allowed=ints(-2**31, 2**31, lines, words), banned_ids=ints(-1, V, R, 3), stop_ids=ints(-1, V, R, 2),
+                 min_tokens=ints(0, 4, R), generated=ints(0, 4, R))
     return room.Adjustments(**{name: every[name] for i in chosen for name in room.GROUPS[i]}, slots=slots)
 
 
@@ -59,8 +61,8 @@ def check_rows_are_their_own(adjust, device, seed):
     logits, options, (lens, status) = randn(seed, R, 300, device=device), draw(seed, 300, range(len(room.GROUPS)), device), rows(device)
     order = [2, 0, 1]
     options = replace(options, slots=torch.tensor([1, 2, 0], dtype=torch.int32, device=device))
-    moved = room.Adjustments(**{field.name: getattr(options, field.name)[order].clone() for field in fields(options)
-                                if field.name not in ("counts", "prompt")}, counts=options.counts, prompt=options.prompt)
+    names = [field.name for field in fields(options) if field.name not in room.TABLES]
+    moved = replace(options, **{name: getattr(options, name)[order].clone() for name in names})
     assert_same(adjust(logits[order].clone(), moved, lens[order], status), room.adjust(logits, options, lens, status)[order])
 
 
@@ -69,9 +71,10 @@ def test_row_order_changes_no_bit(device, seed):
     check_rows_are_their_own(room.adjust, device, seed)
 
 
-def test_options_of_another_row_are_caught(device):
+@pytest.mark.parametrize("name", ["repetition", "counts", "allowed"])
+def test_options_of_another_row_are_caught(device, name):
     def broken(logits, options, *rest):
-        return room.adjust(logits, replace(options, repetition=options.repetition.roll(1)), *rest)
+        return room.adjust(logits, replace(options, **{name: getattr(options, name).roll(1, 0)}), *rest)
 
     with pytest.raises(AssertionError):
         check_rows_are_their_own(broken, device, 0)
@@ -126,6 +129,29 @@ def test_each_option_by_hand(device):
     assert_same(room.adjust(logits, options, lens, status), want)
 
 
+@pytest.mark.parametrize("slots, lines", [([1, 0, 1], (1, 0, 1)), ([2, 1, -1], (None, 1, None)), ([2**31 - 1, -2**31, 0], (None, None, 0))])
+def test_allowed_follows_slots(device, slots, lines):
+    """A row whose slot has no line may draw every token, wherever the address would lie, and is not flagged."""
+    logits, (lens, status) = randn(0, R, 40, device=device), rows(device)
+    table = torch.tensor([[0b101, 1 << 7], [-2**31, 0]], dtype=torch.int32, device=device)
+    tokens = {None: [*range(40)], 0: [0, 2, 39], 1: [31]}
+    options = room.Adjustments(allowed=table, slots=torch.tensor(slots, dtype=torch.int32, device=device))
+    want = torch.full_like(logits, -INF)
+    for row, line in enumerate(lines):
+        want[row, tokens[line]] = logits[row, tokens[line]]
+    assert_same(room.adjust(logits, options, lens, status), want)
+    assert_same(twin.adjust(logits, options, lens, status), want)
+    assert not status.any()
+
+
+@pytest.mark.parametrize("name", room.TABLES)
+def test_a_table_without_lines_says_nothing(device, name):
+    logits, options, (lens, status) = randn(0, R, 40, device=device), neutral(40, device), rows(device)
+    options = replace(options, slots=torch.arange(R, dtype=torch.int32, device=device), **{name: getattr(options, name)[:0]})
+    assert_same(room.adjust(logits, options, lens, status), logits)
+    assert_same(twin.adjust(logits, options, lens, status), logits)
+
+
 def test_no_rows_and_no_options(device):
     empty = torch.ones(0, 8, device=device)
     none = torch.zeros(0, dtype=torch.int32, device=device)
@@ -136,6 +162,10 @@ def test_no_rows_and_no_options(device):
     (dict(bias=None), ValueError, "adjust: bias_ids, bias: got only bias_ids, expected all of them or none"),
     (dict(bias=torch.zeros(R, 3)), ValueError, r"adjust: bias: got \[3, 3\], expected the shape of bias_ids"),
     (dict(allowed=torch.zeros(R, 1, dtype=torch.int32)), ValueError, r"adjust: allowed: got shape \[3, 1\], expected \[3, 2\]"),
+    (dict(allowed=torch.zeros(R + 1, 2, dtype=torch.int32)), ValueError, r"adjust: allowed: got shape \[4, 2\], expected \[3, 2\]"),
+    (dict(allowed=torch.zeros(9, 3, dtype=torch.int32), slots=torch.zeros(R, dtype=torch.int32)), ValueError,
+     r"adjust: allowed: got shape \[9, 3\], expected \[any, 2\]"),
+    (dict(allowed=torch.zeros(R, 2, dtype=torch.int64)), TypeError, "adjust: allowed: got torch.int64, expected torch.int32"),
     (dict(counts=torch.zeros(R, 40)), TypeError, "adjust: counts: got torch.float32, expected torch.int32"),
     (dict(stop_ids=torch.zeros(R, 2)), TypeError, "adjust: stop_ids"),
     (dict(repetition=torch.zeros(R + 1)), ValueError, r"adjust: repetition: got shape \[4\], expected \[3\]"),

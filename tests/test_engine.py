@@ -414,7 +414,7 @@ PENALISED = Sampling(8, 0.7, 40, seed=2, ignore_eos=True, repetition_penalty=2.5
 
 
 def adjusted(world, prompt, s):
-    """The tokens of a request with penalties, by the references."""
+    """The tokens of a request with penalties, or with a grammar, by the references."""
     m, device, tokens = world.model, world.model.weights.embed.device, list(prompt)
     one = lambda value, dtype=torch.int32: torch.tensor([value], dtype=dtype, device=device)
     real = torch.float32
@@ -424,8 +424,9 @@ def adjusted(world, prompt, s):
         bits[0, prompt] = 1
         words = (bits.view(1, -1, 32) << torch.arange(32)).sum(-1).to(torch.int32).to(device)
         counts = torch.bincount(torch.tensor(tokens[len(prompt):], dtype=torch.int64), minlength=VOCAB).to(torch.int32)[None].to(device)
+        mask = None if s.allowed_tokens is None else torch.from_numpy(s.mask(tokens[len(prompt):], VOCAB))[None].to(device)
         options = ops.Adjustments(one([*s.logit_bias]), one([*s.logit_bias.values()], real), one(s.repetition_penalty, real),
-                                  one(s.presence_penalty, real), one(s.frequency_penalty, real), counts, words, None, one([*s.banned_token_ids]),
+                                  one(s.presence_penalty, real), one(s.frequency_penalty, real), counts, words, mask, one([*s.banned_token_ids]),
                                   one([EOS, *s.stop_token_ids]), one(s.min_tokens), one(len(tokens) - len(prompt)))
         n, status = one(len(tokens)), one(0)
         x = reference_adjust.adjust(logits, options, n, status)
@@ -454,11 +455,12 @@ def test_min_tokens_hold_back_the_end(device):
     assert len(got) >= 4 and not set(got[:4]) & set(tokens[:2]) and world.engine().generate([prompt], replace(s, min_tokens=0)) == [tokens[:1]]
 
 
-def test_an_engine_without_adjustments_refuses_them(device):
+@pytest.mark.parametrize("s", [PENALISED, Sampling(allowed_tokens=lambda output: None)], ids=["penalties", "grammar"])
+def test_an_engine_without_adjustments_refuses_them(device, s):
     engine = Paper(device).engine()
     engine.step_fn.adjusts = False
-    with pytest.raises(ValueError, match="got penalties, biases, bans or min_tokens, expected none of them in an engine made with adjusts=False"):
-        engine.add([3], PENALISED)
+    with pytest.raises(ValueError, match="min_tokens or allowed_tokens, expected none of them in an engine made with adjusts=False; make"):
+        engine.add([3], s)
     assert not engine.requests
 
 
@@ -752,6 +754,7 @@ BAD_ADDS = [
     ([1], dict(stop_token_ids=tuple(range(17))), "end-of-sequence tokens: got 17 tokens, expected at most 16"),
     ([1], dict(repetition_penalty=0.0), "adjust: repetition: got 0.0, expected a positive number"),
     ([1], dict(min_tokens=-1), "adjust: min_tokens: got -1"),
+    ([1], dict(allowed_tokens=[3]), "add: allowed_tokens: got list, expected None or a callable"),
 ]
 
 

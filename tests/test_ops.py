@@ -85,7 +85,7 @@ def halves(x):
 def adjustments(x):
     ints = lambda *shape: x.out(*shape, dtype=torch.int32)
     return ops.Adjustments(ints(R, 2) + 3, x.out(R, 2) + 1.5, x.out(R) + 2.0, x.out(R) + 0.5, x.out(R) + 0.5, ints(9, V) + 1, ints(9, 2),
-                           ints(R, 2) - 2, ints(R, 1) + 7, ints(R, 1) + 9, ints(R) + 3, ints(R) + 1, ints(R) + 8)
+                           ints(9, 2) - 2, ints(R, 1) + 7, ints(R, 1) + 9, ints(R) + 3, ints(R) + 1, ints(R) + 8)
 
 
 def state(x):

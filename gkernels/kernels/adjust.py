@@ -50,7 +50,7 @@ def _good_penalty(value, off):
     return tl.where(good, value, off), good
 
 
-@triton.jit(do_not_specialize=["lines"], do_not_specialize_on_alignment=[
+@triton.jit(do_not_specialize=["lines", "allowed_lines"], do_not_specialize_on_alignment=[
     "bias_ids_ptr", "bias_ptr", "repetition_ptr", "presence_ptr", "frequency_ptr", "counts_ptr", "prompt_ptr", "allowed_ptr", "banned_ptr",
     "stop_ptr", "min_tokens_ptr", "generated_ptr", "slots_ptr", "seq_lens_ptr", "status_ptr"])
 def _adjust_kernel(
@@ -63,7 +63,7 @@ def _adjust_kernel(
     frequency_ptr,     # [R]
     counts_ptr,        # [lines, V] int32
     prompt_ptr,        # [lines, V / 32] int32
-    allowed_ptr,       # [R, V / 32] int32
+    allowed_ptr,       # [allowed_lines, V / 32] int32
     banned_ptr,        # [R, W] int32
     stop_ptr,          # [R, S] int32
     min_tokens_ptr,    # [R] int32
@@ -71,7 +71,7 @@ def _adjust_kernel(
     slots_ptr,         # [R] int32
     seq_lens_ptr,      # [R] int32
     status_ptr,        # [R] int32, read and written
-    lines, stride_lr, stride_or, stride_cr, stride_pr, stride_ar,
+    lines, allowed_lines, stride_lr, stride_or, stride_cr, stride_pr, stride_ar,
     V: tl.constexpr, CHUNK: tl.constexpr, B: tl.constexpr, W: tl.constexpr, S: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_W: tl.constexpr,
     BLOCK_S: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_PENALTIES: tl.constexpr, HAS_ALLOWED: tl.constexpr, HAS_BANNED: tl.constexpr,
     HAS_STOP: tl.constexpr, HAS_SLOTS: tl.constexpr, IN_PLACE: tl.constexpr,
@@ -86,6 +86,7 @@ def _adjust_kernel(
         return
     plain = tl.load(logits_ptr + row64 * stride_lr + offs_v, mask, other=0.0).to(tl.float32)
     x, is_bad = plain, False
+    line = tl.load(slots_ptr + row).to(tl.int64) if HAS_SLOTS else row64
     if HAS_BIAS:
         offs_b = tl.arange(0, BLOCK_B)
         ids = tl.load(bias_ids_ptr + row * B + offs_b, offs_b < B, other=-1)
@@ -103,7 +104,6 @@ def _adjust_kernel(
         repetition = tl.where(repetition > 0.0, repetition, 1.0)
         is_bad = is_bad | ((good_repetition & good_presence & good_frequency) == 0)
         if (repetition != 1.0) | (presence != 0.0) | (frequency != 0.0):
-            line = tl.load(slots_ptr + row).to(tl.int64) if HAS_SLOTS else row64
             known = mask & (line >= 0) & (line < lines)
             count = tl.maximum(tl.load(counts_ptr + line * stride_cr + offs_v, known, other=0), 0)
             prompt = (tl.load(prompt_ptr + line * stride_pr + offs_v // 32, known, other=0) >> (offs_v % 32)) & 1
@@ -111,8 +111,12 @@ def _adjust_kernel(
             x = tl.where(seen, tl.where(x > 0.0, x / repetition, x * repetition), x)
             x = x - frequency * count.to(tl.float32) - tl.where(count > 0, presence, 0.0)
     if HAS_ALLOWED:
-        bit = (tl.load(allowed_ptr + row64 * stride_ar + offs_v // 32, mask, other=0) >> (offs_v % 32)) & 1
-        x = tl.where(bit != 0, x, -_INF)
+        offs_w = chunk * (CHUNK // 32) + tl.arange(0, CHUNK // 32)                 # [CHUNK / 32]
+        known = (offs_w * 32 < V) & (line >= 0) & (line < allowed_lines)
+        words = tl.load(allowed_ptr + line * stride_ar + offs_w, known, other=-1)
+        if tl.min((words == -1).to(tl.int32), 0) == 0:                             # most rows have no grammar, and leave a bit a token unread
+            bit = (tl.load(allowed_ptr + line * stride_ar + offs_v // 32, mask, other=0) >> (offs_v % 32)) & 1
+            x = tl.where(bit != 0, x, -_INF)
     if HAS_BANNED:
         x, is_bad_id = _ban(x, offs_v, banned_ptr + row * W, True, V, W, BLOCK_W, CHUNK)
         is_bad = is_bad | is_bad_id
@@ -130,7 +134,7 @@ def _adjust_kernel(
 @dataclass(frozen=True)
 class Adjustments:
     """Groups of options, each given whole or left None: (bias_ids, bias), (repetition, presence, frequency, counts, prompt), allowed, banned_ids,
-    (stop_ids, min_tokens, generated); and `slots` with the second."""
+    (stop_ids, min_tokens, generated); and `slots` with the second and third."""
 
     bias_ids: torch.Tensor | None = None      # int32 [R, B], -1 for none
     bias: torch.Tensor | None = None          # float32 [R, B]
@@ -139,12 +143,13 @@ class Adjustments:
     frequency: torch.Tensor | None = None     # float32 [R], 0 is off
     counts: torch.Tensor | None = None        # int32 [lines, V]: how often each token was generated
     prompt: torch.Tensor | None = None        # int32 [lines, ceil(V / 32)]: bit v % 32 of word v / 32 says whether token v is in the prompt
-    allowed: torch.Tensor | None = None       # int32 [R, ceil(V / 32)]: bits as in `prompt`, 1 for tokens that may be drawn (XGrammar's layout)
+    allowed: torch.Tensor | None = None       # int32 [lines, ceil(V / 32)]: bits as in `prompt`, 1 for tokens that may be drawn (XGrammar's layout)
     banned_ids: torch.Tensor | None = None    # int32 [R, W], -1 for none
     stop_ids: torch.Tensor | None = None      # int32 [R, S], -1 for none
     min_tokens: torch.Tensor | None = None    # int32 [R]
     generated: torch.Tensor | None = None     # int32 [R]: tokens generated so far
-    slots: torch.Tensor | None = None         # int32 [R]: a row's line in counts and prompt, where it is not its own number; outside: none
+    slots: torch.Tensor | None = None         # int32 [R]: a row's line in these tables, where it is not its own number; outside: nothing was
+                                              # generated, nothing is in the prompt, all is allowed
 
 
 @dataclass(frozen=True)
@@ -158,6 +163,7 @@ def config(V: int) -> Config:
     return Config(chunk, max(chunk // 512, 1))
 
 
+TABLES = ("counts", "prompt", "allowed")           # their lines are indexed by slots
 GROUPS = (("bias_ids", "bias"), ("repetition", "presence", "frequency", "counts", "prompt"), ("allowed",), ("banned_ids",),
           ("stop_ids", "min_tokens", "generated"))
 
@@ -194,9 +200,9 @@ def adjust_out(logits: torch.Tensor, adjustments: Adjustments, seq_lens: torch.T
         given = [name for name in group if getattr(a, name) is not None]
         _check.require(len(given) in (0, len(group)), op, ", ".join(group), f"only {', '.join(given)}", "all of them or none")
         for name in given:
-            rows = None if name in ("counts", "prompt") and a.slots is not None else R
+            rows = None if name in TABLES and a.slots is not None else R
             _check.tensor(op, name, getattr(a, name), (rows, *shapes.get(name, ())), (torch.float32 if name in real else torch.int32,), device,
-                          dense=1 if name in ("counts", "prompt", "allowed") else 1 + len(shapes.get(name, ())), aligned=False)
+                          dense=1 if name in TABLES else 1 + len(shapes.get(name, ())), aligned=False)
     if a.bias is not None and a.bias_ids is not None:
         _check.require(a.bias.shape == a.bias_ids.shape, op, "bias", list(a.bias.shape), "the shape of bias_ids")
     for name, t in (("seq_lens", seq_lens), ("status", status), ("slots", a.slots)):
@@ -211,7 +217,7 @@ def adjust_out(logits: torch.Tensor, adjustments: Adjustments, seq_lens: torch.T
     _adjust_kernel[(triton.cdiv(V, c.CHUNK), R)](
         logits, out, *(getattr(a, field.name) for field in fields(a)), seq_lens, status,
         0 if a.counts is None or a.prompt is None else min(len(a.counts), len(a.prompt)),
-        logits.stride(0), out.stride(0), stride(a.counts), stride(a.prompt), stride(a.allowed),
+        0 if a.allowed is None else len(a.allowed), logits.stride(0), out.stride(0), stride(a.counts), stride(a.prompt), stride(a.allowed),
         V=V, CHUNK=c.CHUNK, B=B, W=W, S=S, BLOCK_B=block(B), BLOCK_W=block(W), BLOCK_S=block(S), HAS_BIAS=B > 0,
         HAS_PENALTIES=a.repetition is not None, HAS_ALLOWED=a.allowed is not None, HAS_BANNED=W > 0, HAS_STOP=S > 0,
         HAS_SLOTS=a.slots is not None, IN_PLACE=in_place, num_warps=c.num_warps)

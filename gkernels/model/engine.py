@@ -13,7 +13,6 @@ import itertools
 from bisect import bisect_right
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -25,40 +24,10 @@ from .cache import PagedCache, PagePool, bytes_per_page
 from .config import LlamaConfig
 from .llama import Llama
 from .load import load_weights
+from .request import Event, Request
 from .sampling import Sampling
 from .speculation import Speculation, SpeculativeStep
 from .step import Row, Step
-
-
-@dataclass(eq=False)
-class Request:
-    id: int
-    prompt: list[int]
-    sampling: Sampling
-    output: list[int] = field(default_factory=list)
-    pages: list[int] = field(default_factory=list)
-    computed: int = 0                      # tokens whose keys and values are in the cache
-    slot: int = -1                         # its line in the step's tables while it runs
-    finish_reason: str | None = None       # "stop", "length", "cancelled" or "error: ..."
-
-    def next_tokens(self, n: int) -> list[int]:
-        """The n tokens after those that are computed."""
-        start, end, cut = self.computed, self.computed + n, len(self.prompt)
-        return self.prompt[start:end] + self.output[max(start - cut, 0):max(end - cut, 0)]
-
-    @property
-    def length(self) -> int:
-        return len(self.prompt) + len(self.output)
-
-
-@dataclass(frozen=True)
-class Event:
-    """One request's news after a step: a token, or its end, or both. token is None where a request ended without one."""
-
-    request_id: int
-    token: int | None
-    finish_reason: str | None = None
-
 
 STATUS = {ops.BAD_LENGTH: "bad lengths", ops.BAD_PAGE: "a page outside the cache", ops.NO_TOKEN: "no finite logit",
           ops.BAD_OPTION: "a bad sampling option"}
@@ -75,7 +44,8 @@ class Engine:
     graph can hold a loop (`why` says why), launches of exactly `burst` steps take its place; 1: none.
 
     With `speculation` the steps of such launches are speculative, where no request of the batch has penalties, biases, bans or min_tokens; the
-    tokens stay the same. Without `adjusts`, no request can have those, and a step is a launch shorter.
+    tokens stay the same. Where a request of the batch has `allowed_tokens`, the host is asked before each token, so every launch is a single step.
+    Without `adjusts`, no request can have any of those, and a step is a launch shorter.
 
     `modes` counts steps by how they ran: "single", "loop" or "burst", and the latter two with "speculative" before."""
 
@@ -172,8 +142,8 @@ class Engine:
                              "beside one generated token; shorten it, or raise max_len and num_pages")
         sampling.check(vocab, self.model.config.eos_token_ids, "gkernels.Engine.add")
         if sampling.adjusts and not self.step_fn.adjusts:
-            raise ValueError("gkernels.Engine.add: sampling: got penalties, biases, bans or min_tokens, expected none of them in an engine made with "
-                             "adjusts=False; make it with adjusts=True")
+            raise ValueError("gkernels.Engine.add: sampling: got penalties, biases, bans, min_tokens or allowed_tokens, expected none of them in an "
+                             "engine made with adjusts=False; make it with adjusts=True")
         request = Request(next(self._ids), prompt, sampling)
         self.requests[request.id] = request
         self.waiting.append(request)
@@ -198,9 +168,9 @@ class Engine:
 
     def step(self) -> list[Event]:
         """Computes one batch, or as many steps of it as one launch takes, and returns what it brought. With nothing to do, returns [] at once."""
-        batch = self._schedule()
+        batch, events = self._guide(self._schedule())
         if not batch:
-            return []
+            return events
         ahead = self.guesses if self.guesses and not any(r.sampling.adjusts for r, _ in batch) else self.ahead
         turns = self._reserve_turns(batch, ahead)
         num_tokens = self.step_fn.stage([self._row(request, n) for request, n in batch], turns)
@@ -213,7 +183,7 @@ class Engine:
             tokens, status = self.step_fn.read(len(batch))
             lines = [[-1 if flags else token for token, flags in zip(tokens, status, strict=True)]]
             self.modes["single"] += 1
-        events, lengths = [], [request.length for request, _ in batch]
+        lengths = [request.length for request, _ in batch]
         for tokens in lines:
             for (request, n), token, flags in zip(batch, tokens, status, strict=True):
                 if not request.finish_reason and (token >= 0 or not (flags or turns)):
@@ -224,8 +194,28 @@ class Engine:
             is_stuck = request.length == length and (turns or request.computed == length)
             if not request.finish_reason and (flags or is_stuck):               # of many turns, those before the error have counted
                 words = ", ".join(words for bit, words in STATUS.items() if flags & bit) or "no token"
+                if flags & ops.NO_TOKEN and request.sampling.allowed_tokens is not None:
+                    words += " among the tokens that allowed_tokens, bans and min_tokens leave"
                 events.append(self._finish(request, f"error: {words}"))
         return events
+
+    def _guide(self, batch):
+        """Asks for the tokens that are allowed next, where the step draws one that counts. Returns the batch without the requests that ended over it,
+        and their events."""
+        masks, failed, vocab = [], [], self.model.config.vocab_size
+        for request, n in batch:
+            if request.sampling.allowed_tokens is not None and request.computed + n == request.length:
+                try:
+                    masks.append((request, request.sampling.mask(request.output, vocab)))
+                except Exception as error:
+                    request.error = error
+                    failed.append(request)
+        events = [self._finish(request, f"error: allowed_tokens: {type(request.error).__name__}: {request.error}") for request in failed
+                  if not request.finish_reason]                                 # what is called may have cancelled requests
+        masks = [(request.slot, mask) for request, mask in masks if not request.finish_reason]
+        if masks:
+            self.step_fn.allow(*map(list, zip(*masks, strict=True)))
+        return [(request, n) for request, n in batch if not request.finish_reason], events
 
     def _row(self, request, n):
         computed, s = request.computed + n, request.sampling
@@ -233,9 +223,10 @@ class Engine:
                    s.ends(self.model.config.eos_token_ids), request.slot)
 
     def _reserve_turns(self, batch, ahead):
-        """How many turns the batch takes by itself: as many as it needs and there are pages for, where every request decodes and none waits; else 0.
-        The pages for what each request may bring are then its own."""
-        if self.waiting or len(batch) < len(self.running) or any(n != 1 or r.computed + 1 != r.length for r, n in batch):
+        """How many turns the batch takes by itself: as many as it needs and there are pages for, where every request decodes without asking the
+        host, and none waits; else 0. The pages for what each request may bring are then its own."""
+        goes_alone = lambda r, n: n == 1 and r.computed + 1 == r.length and r.sampling.allowed_tokens is None
+        if self.waiting or len(batch) < len(self.running) or not all(goes_alone(r, n) for r, n in batch):
             return 0
         left = [min(r.sampling.max_tokens - len(r.output), self.max_len - r.length) for r, _ in batch]
         wanted = lambda turns: [(r, min(turns * ahead.width, most)) for (r, _), most in zip(batch, left, strict=True)]
@@ -267,6 +258,8 @@ class Engine:
         self.pool.free(request.pages)
         if request.slot >= 0:
             self._slots.append(request.slot)
+            if request.sampling.allowed_tokens is not None:
+                self.step_fn.leave(request.slot)
         request.pages, request.computed, request.slot = [], 0, -1
 
     def _schedule(self) -> list[tuple[Request, int]]:
@@ -335,5 +328,6 @@ class Engine:
         ended = [self.take(i) for i in ids]
         failed = [f"prompt {n}: {request.finish_reason}" for n, request in enumerate(ended) if str(request.finish_reason).startswith("error")]
         if failed:
-            raise RuntimeError(f"gkernels.Engine.generate: {'; '.join(failed)}; use add() and stream() to keep what the others brought")
+            raise RuntimeError(f"gkernels.Engine.generate: {'; '.join(failed)}; use add() and stream() to keep what the others brought"
+                               ) from next((request.error for request in ended if request.error), None)
         return [request.output for request in ended]

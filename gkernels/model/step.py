@@ -47,8 +47,8 @@ ADVANCED = ("emits", "stop_ids", "max_tokens", "max_lens", "token_ids", "seq_len
 
 class Step:
     """Static state for at most `max_tokens` tokens of at most `max_requests` requests a step. `step(bucket)` launches the kernels. `depth` is how
-    many tokens a request may bring before `read_ring`; without `adjusts` logits are drawn from as they are, and Sampling's penalties, biases and
-    bans do nothing; `has_history` keeps all tokens of a sequence on the device, for drafts."""
+    many tokens a request may bring before `read_ring`; without `adjusts` logits are drawn from as they are, and Sampling's penalties, biases, bans
+    and masks do nothing; `has_history` keeps all tokens of a sequence on the device, for drafts."""
 
     def __init__(self, model: Llama, cache: PagedCache, max_tokens: int, max_requests: int, max_len: int, depth: int = 1, adjusts: bool = True,
                  has_history: bool = False):
@@ -70,6 +70,7 @@ class Step:
         self._news_read = torch.cuda.Event(blocking=True) if device.type == "cuda" else None  # whose wait leaves the processor to others
         lines = R if adjusts else 0
         self.counts, self.prompt = (torch.zeros(lines, width, dtype=torch.int32, device=device) for width in (V, -(-V // 32)))
+        self.allowed = torch.full_like(self.prompt, -1)
         self.history = torch.zeros(R if has_history else 0, max_len, dtype=torch.int32, device=device)
         self._plans: dict[int, ops.Schedule] = {}
         tilings = [self.tiling(bucket) for bucket in (max_requests, max_tokens)]               # each bucket's is as large as one of these
@@ -143,8 +144,27 @@ class Step:
         self.prompt[slot] = torch.from_numpy(np.packbits(bits, bitorder="little").view(np.int32)).to(self.device)
         self.counts[slot] = torch.from_numpy(np.bincount(output, minlength=V).astype(np.int32)).to(self.device)
 
+    def allow(self, slots: list[int], masks: list[np.ndarray]) -> None:
+        """Uploads which tokens the next step may draw for the requests in `slots`, each an int32 mask of [ceil(V / 32)] words as in
+        Sampling.allowed_tokens. It stands until the next, or `leave`. Without waiting for the device. Raises ValueError, and uploads nothing, for
+        slots or masks that do not fit."""
+        if not all(0 <= slot < len(self.allowed) for slot in slots):
+            raise ValueError(f"gkernels.Step.allow: slots: got {slots}, expected 0 to {len(self.allowed) - 1}" if self.adjusts else
+                             "gkernels.Step.allow: slots: got a step without adjusts, expected one that adjusts; make it with adjusts=True")
+        lines, want = np.stack(masks), (len(slots), self.allowed.shape[1])
+        if lines.shape != want or lines.dtype != np.int32:
+            raise ValueError(f"gkernels.Step.allow: masks: got {lines.dtype} {list(lines.shape)}, expected int32 {list(want)}, a row for each slot")
+        pinned = torch.from_numpy(lines).pin_memory() if self.device.type == "cuda" else torch.from_numpy(lines)
+        for slot, line in zip(slots, pinned, strict=True):
+            self.allowed[slot].copy_(line, non_blocking=True)              # torch keeps pinned memory until copies from it have ended
+
+    def leave(self, slot: int) -> None:
+        """Allows all tokens again in a slot whose request gives it back."""
+        self.allowed[slot].fill_(-1)
+
     def adjustments(self, R: int) -> ops.Adjustments:
-        return ops.Adjustments(**{name: self.buffers[source][:R] for name, source in ADJUSTED.items()}, counts=self.counts, prompt=self.prompt)
+        tables = {name: getattr(self, name) for name in ("counts", "prompt", "allowed")}
+        return ops.Adjustments(**{name: self.buffers[source][:R] for name, source in ADJUSTED.items()}, **tables)
 
     def state(self, R: int) -> ops.State:
         b, (step, flags, ring) = self.buffers, self.news(self._news, R)
