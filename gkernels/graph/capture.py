@@ -11,13 +11,15 @@ import gc
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass
 
 import torch
 
 from .. import progress as bars
 from .buckets import Buckets
-from .executable import Turns, shared
+from .executable import Turns, raw, shared
+from .nodes import Node, read_nodes
 from .segments import Segments, borrowed
 
 
@@ -96,6 +98,21 @@ class GraphRunner:
                 graph.reset()
         self.graphs.clear()
         torch.cuda.empty_cache()
+
+    def detach(self) -> GraphRunner:
+        """Hands the graphs, and what they need, to another runner, which is returned; this one has none then."""
+        other = copy(self)
+        self.graphs, self.executables = {}, []
+        return other
+
+    def nodes(self) -> dict[str, list[Node]]:
+        """By launch, "bucket 8" or, cut into many graphs, "bucket 8, graph 0": its nodes, those of conditional bodies among them. Raises as
+        `gkernels.graph.nodes.read_nodes`."""
+        found = {}
+        for c in self.graphs.values():
+            for i, graph in enumerate(c.graphs):
+                found[f"bucket {c.bucket}" + (f", graph {i}" if len(c.graphs) > 1 else "")] = read_nodes(raw(graph))
+        return found
 
     @contextmanager
     def marked(self) -> Iterator[None]:

@@ -14,7 +14,7 @@ from triton import knobs
 from .findings import Report
 from .launches import Launch, record, user_place
 from .memory import named_tensors, poison
-from .nodes import Node, compare_nodes, different_words, missing_kernels, read_nodes, unsafe_nodes
+from .nodes import Node, compare_nodes, different_words, missing_kernels, read_nodes, unread, unsafe_nodes
 from .trace import Trace
 
 if TYPE_CHECKING:
@@ -137,10 +137,8 @@ class Captures:
         self.examination.prove(f"{len(first.nodes)} nodes, all safe, are the same in {len(self.made)} captures of {len(self.setting.cases)} cases",
                                {"kernel-by-data", "data-dependent-grid", "different-node", "specialisation", "baked-scalar", "forbidden-node",
                                 "uncaptured-launch"})
-
-        conditional = sum(node.kind == "conditional" for node in first.nodes)
-        if conditional:
-            self.report.unproven.append(f"the bodies of {conditional} conditional nodes")
+        if hidden := unread(first.nodes):
+            self.report.unproven.append(f"the bodies of {hidden} conditional nodes, which drivers before CUDA 13.2 do not tell")
 
     def replay(self) -> None:
         """The first case's graph on all cases and on its own again, then the others' on the first: allocations and collections in between."""
@@ -192,6 +190,10 @@ def triton_launches(capture: Capture) -> dict[int, Launch]:
 
 
 def parameter_names(capture: Capture) -> dict[int, list[str]]:
-    """By node: the arguments that Triton passes, in order; what it folds into the binary is left out."""
-    return {i: [name for name, kind in launch.classes.items() if not kind.startswith("constexpr")]
-            for i, launch in triton_launches(capture).items()}
+    """By node: the names of its arguments."""
+    return {i: passed_names(launch) for i, launch in triton_launches(capture).items()}
+
+
+def passed_names(launch: Launch) -> list[str]:
+    """The arguments that Triton passes, in order; what it folds into the binary is left out."""
+    return [name for name, kind in launch.classes.items() if not kind.startswith("constexpr")]

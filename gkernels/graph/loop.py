@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import cast
 
 import torch
 
 from .buckets import Buckets
 from .capture import GraphRunner
 from .conditional import WhileLoop, unavailable
+from .nodes import Node
 
 
 class Burst(GraphRunner):
@@ -68,6 +70,9 @@ class Loop(GraphRunner):
 
     def playable(self, graph: torch.cuda.CUDAGraph) -> WhileLoop:
         return WhileLoop(graph, self.left, self.running, self.steps)
+
+    def nodes(self) -> dict[str, list[Node]]:
+        return {f"bucket {c.bucket}": cast(WhileLoop, c.parts[0]).nodes() for c in self.graphs.values()}
 
     def call(self, bucket: int) -> object:
         outputs = None
