@@ -74,6 +74,13 @@ class FakeCuda:
         monkeypatch.setattr(GridExecutor, "__call__", noted_launch)
         return self
 
+    def lose_bindings(self, monkeypatch, version=13000):
+        """As torch 2.14 without cuda.bindings, on a driver of that version: WHILE nodes by methods of CUDAGraph."""
+        monkeypatch.setitem(sys.modules, "cuda.bindings", None)
+        monkeypatch.setattr(conditional, "driver_version", lambda: version)
+        torch.cuda.CUDAGraph.begin_capture_to_while_node = Graph.begin_capture_to_while_node       # the stand-in's: it goes with it
+        torch.cuda.CUDAGraph.get_currently_capturing_graph = lambda: self.capturing
+
     @property
     def reserved(self):
         return sum(pool.bytes for pool in self.pools.values())
@@ -131,7 +138,7 @@ class Graph:
     """A CUDAGraph whose nodes are calls."""
 
     def __init__(self, cuda, keep_graph=False):
-        self.cuda, self.tape, self.valid, self.ended, self.ready = cuda, [], True, False, False
+        self.cuda, self.tape, self.open, self.valid, self.ended, self.ready = cuda, [], [], True, False, False
 
     def capture_begin(self, pool):
         self.cuda.event()
@@ -147,9 +154,30 @@ class Graph:
             raise RuntimeError("this stream does not capture")
         self.mode.__exit__(None, None, None)
         self.cuda.capturing = None
+        assert not self.open, "in a body yet"
         if not self.valid:
             raise RuntimeError("operation failed due to a previous error during capture")
         self.pool.receives, self.ended = False, True
+
+    def begin_capture_to_while_node(self, more):
+        """What follows is the body of a WHILE node, before which `more` is looked at."""
+        self.check_condition(more)
+        body, condition = [], [False]
+        self.tape += [functools.partial(hold, condition, more), functools.partial(turn, condition, body)]
+        self.open.append((self.tape, condition))
+        self.tape = body
+
+    def set_conditional_handle_for_current_node(self, more):
+        self.check_condition(more)
+        self.tape.append(functools.partial(hold, self.open[-1][1], more))
+
+    def end_capture_to_conditional_node(self):
+        self.tape, _ = self.open.pop()
+        self.cuda.event()
+
+    def check_condition(self, more):
+        self.cuda.event()
+        assert self.cuda.capturing is self and more.dtype == torch.bool and more.shape == (), "a condition of one truth"
 
     def instantiate(self):
         self.cuda.event()
@@ -372,6 +400,16 @@ class Tape(TorchDispatchMode):
             self.graph.tape.append(functools.partial(again, results, op, args, kwargs))
             fill_with_junk(fresh, torch.Generator().manual_seed(len(self.graph.tape)))
         return results
+
+
+def hold(condition, more):
+    condition[0] = bool(more)
+
+
+def turn(condition, body):
+    while condition[0]:
+        for call in body:
+            call()
 
 
 def flat(values):

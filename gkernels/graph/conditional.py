@@ -1,4 +1,6 @@
 """Conditional nodes around captured graphs, made through cuda.bindings, which torch does not bring. The host launches once, the device decides.
+Without cuda.bindings, `capture_while` makes WHILE nodes by the methods of torch's CUDAGraph, which came with torch 2.14: a turn then launches a
+handful of torch's kernels where `go_on` is one.
 
 WhileLoop, of `steps` calls of a body a turn, and where these are more than one, of the turns of one call that are left over:
 
@@ -19,15 +21,17 @@ Switch, of as many bodies as there are sizes:
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import lru_cache
+from typing import Any
 
 import torch
 
 from .executable import Executable, raw
 from .nodes import Bodies, Node, answered, nodes_of
+from .segments import refresh
 
 WHILE, SWITCH = "WHILE", "SWITCH"
 FIRST_DRIVER = {WHILE: 12040, SWITCH: 12080}     # came with CUDA 12.4 and 12.8
@@ -56,17 +60,68 @@ PARAMETERS = {b"go_on": (ctypes.c_ulonglong, POINTER, POINTER, INT, INT), b"choo
 
 def unavailable(kind: str = WHILE) -> str:
     """Why no WHILE, or SWITCH, node can be made on a CUDA device here, and the mend; "" where one can."""
+    why = without_bindings(kind)
+    if why and kind == WHILE and has_methods():
+        return too_old(driver_version(), kind)
+    return why
+
+
+def without_bindings(kind: str) -> str:
+    """Why cuda.bindings makes none; "" where it can."""
     try:
         from cuda.bindings import driver, nvrtc
         nvrtc.nvrtcVersion()
     except ImportError:
-        return f"{kind} nodes are made through cuda.bindings, which is not installed; pip install 'gkernels[loop]'"
+        newer = ", or torch 2.14 or later" if kind == WHILE else ""
+        return f"{kind} nodes are made through cuda.bindings, which is not installed; pip install 'gkernels[loop]'{newer}"
     except RuntimeError as error:
         return f"{kind} nodes need NVRTC, which cuda.bindings does not find ({error}); pip install nvidia-cuda-nvrtc"
-    (version,), first = answered(driver.cuDriverGetVersion()), FIRST_DRIVER[kind]
-    if version < first:
-        return f"the driver is of CUDA {dotted(version)}, {kind} nodes came with {dotted(first)}; update it"
-    return ""
+    return too_old(answered(driver.cuDriverGetVersion())[0], kind)
+
+
+def too_old(version: int, kind: str) -> str:
+    first = FIRST_DRIVER[kind]
+    return f"the driver is of CUDA {dotted(version)}, {kind} nodes came with {dotted(first)}; update it" if version < first else ""
+
+
+def driver_version() -> int:
+    """The CUDA version of the driver, without cuda.bindings: 13020 for 13.2."""
+    version = ctypes.c_int()
+    error = ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
+    return answered((error, version.value))[0]
+
+
+def has_methods() -> bool:
+    """Whether torch makes WHILE nodes."""
+    return hasattr(torch.cuda.CUDAGraph, "begin_capture_to_while_node")
+
+
+def capture_while(call: Callable[[], object], left: torch.Tensor, running: torch.Tensor, steps: int = 1) -> object:
+    """WhileLoop's turns of `call`, for the capture that goes on: by torch's methods, into the graph under capture. Returns what the first node's last
+    call returned; the second node's calls copy theirs there."""
+    graph: Any = torch.cuda.CUDAGraph.get_currently_capturing_graph()
+    outputs = None
+    for n in dict.fromkeys((steps, 1)):
+        more = goes_on(left, running, n)
+        graph.begin_capture_to_while_node(more)
+        try:
+            for _ in range(n):
+                results = call()
+            if n == steps:
+                outputs = results
+            else:
+                refresh(outputs, results, "step")
+            left.sub_(n)
+            more.copy_(goes_on(left, running, n))
+            graph.set_conditional_handle_for_current_node(more)
+        finally:
+            graph.end_capture_to_conditional_node()
+    return outputs
+
+
+def goes_on(left: torch.Tensor, running: torch.Tensor, steps: int) -> torch.Tensor:
+    """Whether another turn follows, bool []."""
+    return (left[0] >= steps) & (running[0] > 0)
 
 
 def dotted(version: int) -> str:
