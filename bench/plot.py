@@ -5,6 +5,7 @@ Colours, greys and the empty background are chosen to be read on white and on bl
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import re
@@ -89,19 +90,16 @@ def memory(rows: list[dict], device: str) -> str:
         return ""
     sizes = [size for size, _ in points["monolithic"]]
     most = max(mib for line in points.values() for _, mib in line) * 1.1 or 1.0
-    powers = {n: f"{n:,}" for n in sizes if n & (n - 1) == 0}
+    powers = {n: f"{n:,.0f}" for n in sizes if math.log2(n).is_integer()}
     x = Axis("bucket, tokens; the largest is captured first", sizes[0] / 1.25, sizes[-1] * 1.25, powers, True)
     y = Axis("memory of the pool, MiB", 0.0, most, {most * i / 4: f"{most * i / 4:.0f}" for i in range(5)})
     return svg("Memory over buckets", x, y, points, caption(device, shown, MIXED), styles=GRAPHS)
 
 
-def held(pools: dict[str, float]) -> list[tuple[int, float]]:
+def held(pools: dict[str, float]) -> list[tuple[float, float]]:
     """(bucket, what is held after its capture) of what each capture, the largest first, takes from the device."""
-    sizes, total, points = sorted(map(int, pools), reverse=True), 0.0, []
-    for size in sizes:
-        total += pools[str(size)]
-        points.append((size, total))
-    return points
+    sizes = sorted(map(int, pools), reverse=True)
+    return list(zip(map(float, sizes), itertools.accumulate(pools[str(size)] for size in sizes), strict=True))
 
 
 def context(rows: list[dict], device: str, ceiling: float | None) -> str:

@@ -171,6 +171,15 @@ def test_without_cuda_nothing_is_proven():
 
 
 @on_a_stand_in
+def test_without_bindings_no_node_is_read(cuda, monkeypatch):
+    cuda.lose_bindings(monkeypatch)
+    step = Doubling("cpu", "scalar")
+    report = check_runner(runner_of(Loop, step, "cuda"), step.stage)
+    assert report.clean and not report.proven and report.unproven == [
+        "the nodes of its graphs: cuda.bindings, which reads them, is not installed; pip install 'gkernels[loop]'"]
+
+
+@on_a_stand_in
 @pytest.mark.parametrize("version, told", [(13000, False), (13020, True)])
 def test_the_driver_tells_the_bodies_of_others_nodes(cuda, version, told):
     """Of a graph that another library made, as far as the driver knows how."""

@@ -2,6 +2,7 @@
 
 import gc
 import inspect
+import sys
 from contextlib import contextmanager
 
 import pytest
@@ -88,6 +89,16 @@ def test_clean_captures_say_what_they_prove(cuda):
     assert report.proven == ["1 nodes, all safe, are the same in 6 captures of 5 cases",
                              "10 replays of 5 graphs on the data of other cases equal calls bit for bit",
                              "6 captures of one case leave no memory behind"] and not report.unproven
+
+
+def test_without_bindings_replays_are_compared_and_nodes_are_not(cuda, monkeypatch):
+    monkeypatch.setitem(sys.modules, "cuda.bindings", None)
+    report = captured(GALLERY["passes_the_longest"].build())
+    assert report.names == {"replay-differs"}
+    assert report.unproven == ["the nodes of captures: cuda.bindings, which reads them, is not installed; pip install 'gkernels[loop]'"]
+    cuda.held = [1 << 30] * captures.AGAIN
+    report = captured(GALLERY["clean"].build())
+    assert report.clean and len(report.proven) == 2 and not any("nodes" in line for line in report.proven)
 
 
 def test_a_launch_beside_the_capture_is_missed(cuda):

@@ -100,6 +100,15 @@ def label(node: Node) -> str:
     return f"{node.kind} {node.name}".rstrip() + (f" in {node.within}" if node.within else "")
 
 
+def unreadable() -> str:
+    """Why no nodes can be read here, and the mend; "" where they can."""
+    try:
+        from cuda.bindings import driver  # noqa: F401
+    except ImportError:
+        return "cuda.bindings, which reads them, is not installed; pip install 'gkernels[loop]'"
+    return ""
+
+
 def read_nodes(graph: int) -> list[Node]:
     """The nodes of a cudaGraph_t (torch.cuda.CUDAGraph.raw_cuda_graph()), in the order in which they were captured. Raises ImportError without
     cuda.bindings, RuntimeError where the driver refuses."""

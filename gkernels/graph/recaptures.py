@@ -10,7 +10,7 @@ from .captures import first_of, passed_names, why
 from .findings import Report
 from .launches import Launch, record
 from .lint import unwrapped
-from .nodes import Node, compare_nodes, different_words, unread, unsafe_nodes
+from .nodes import Node, compare_nodes, different_words, unread, unreadable, unsafe_nodes
 
 DIFFERENT = {"kernel-by-data", "data-dependent-grid", "different-node", "specialisation", "baked-scalar", "forbidden-node"}
 
@@ -21,8 +21,9 @@ def examine_runner(runner: GraphRunner, stage: Callable[[Any], None], cases: Seq
                     [str(case) for case in cases])
     function, _ = unwrapped(runner.step)
     home = f"{function.__code__.co_filename}:{function.__code__.co_firstlineno}" if function else "?:0"
-    if runner.device.type != "cuda":
-        report.unproven.append("the nodes of its graphs: there are none without CUDA; check the step, which needs none")
+    missing = unreadable() if runner.device.type == "cuda" else "there are none without CUDA; check the step, which needs none"
+    if missing:
+        report.unproven.append(f"the nodes of its graphs: {missing}")
         return report
     made, held, launches = [], [], list[Launch]()
     for case in (cases[0], *cases):
