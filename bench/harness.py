@@ -63,15 +63,20 @@ def floor(room: str, case: str, bytes: int, flops: int = 0) -> float | None:
     """Records what the device's ceilings allow, a row like `bench`'s whose provider is "floor". None where no ceiling was measured."""
     if device() not in CEILINGS or not wanted(case, "floor"):
         return None
-    ceilings = CEILINGS[device()]
-    us = max(bytes / ceilings["tbs"], flops / ceilings["tflops"]) / 1e6
+    us = least_us(bytes, flops)
     record(bench=room, case=case, provider="floor", us=round(us, 3), cold=True, **rates(us, bytes, flops))
     return us
 
 
-def floor_us(bytes: int) -> dict[str, float]:
-    """What a row may say of the time that the device's read ceiling allows; nothing where that was not measured."""
-    return {"floor_us": round(bytes / CEILINGS[device()]["tbs"] / 1e6, 1)} if device() in CEILINGS else {}
+def floor_us(bytes: int, flops: int = 0) -> dict[str, float]:
+    """What a row may say of the time that the device's ceilings allow; nothing where they were not measured."""
+    return {"floor_us": round(least_us(bytes, flops), 1)} if device() in CEILINGS else {}
+
+
+def least_us(bytes: int, flops: int) -> float:
+    """The greater of what moving and computing take at the device's ceilings, in microseconds."""
+    ceilings = CEILINGS[device()]
+    return max(bytes / ceilings["tbs"], flops / ceilings["tflops"]) / 1e6
 
 
 def rates(us: float, bytes: int, flops: int) -> dict[str, float]:

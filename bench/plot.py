@@ -1,10 +1,11 @@
-"""Draws saved rows as SVG:  python -m bench.plot [bench/results/<device>.json].  The attention bench calls it too.
+"""Draws saved rows as SVG:  python -m bench.plot [bench/results/<device>.json].  The benches of attention and of graphs call it too.
 
 Colours, greys and the empty background are chosen to be read on white and on black.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import re
@@ -18,8 +19,11 @@ from bench import harness
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 640, 400, 64, 20, 46, 92       # pixels; the margins hold the title, the axes and the caption
 GREY = "#808080"
 STYLES = {"gkernels": ("#e8590c", "circle"), "fa3": ("#3b82d6", "square"), "flashinfer": ("#12a37a", "diamond"), "floor": (GREY, "")}
+GRAPHS = {"monolithic": ("#e8590c", "circle"), "piecewise": ("#3b82d6", "square"), "choosing": ("#12a37a", "diamond"),
+          "shared": ("#a35bd6", "square"), "eager": ("#b0891a", "diamond"), "exact": (GREY, "")}
 LABELS = {"fa3": "FlashAttention-3", "flashinfer": "FlashInfer"}
 DEVICES = {"h200": "NVIDIA H200"}
+MIXED = "Llama-3.2-1B, up to 31 decodes and a chunk of a prompt, bf16"
 SETTING = "32 query heads, 8 KV heads, D 128, page 16, bf16, cold caches"
 
 
@@ -53,6 +57,51 @@ def attention(path: Path) -> list[Path]:
     return written
 
 
+def graphs(path: Path) -> list[Path]:
+    """Writes graph_latency.svg and graph_memory.svg beside the results, of rows whose source is the tree's, and returns their paths; none without a
+    row of monolithic."""
+    results, source = json.loads(path.read_text()), harness.source()
+    rows = [row for row in results["rows"] if row["bench"] == "graph" and row["provider"] in GRAPHS and row["source"] == source]
+    device, written = DEVICES.get(results["device"], results["device"]), []
+    for name, draw in (("graph_latency", latency), ("graph_memory", memory)):
+        figure = draw(rows, device)
+        if figure:
+            written.append(path.with_name(f"{name}.svg"))
+            written[-1].write_text(figure)
+    return written
+
+
+def latency(rows: list[dict], device: str) -> str:
+    """Time of a mixed step over its live tokens."""
+    points, shown = series(rows, r".* mixed (\d+)", lambda row, n: (n, row["us"]), GRAPHS)
+    if "monolithic" not in points:
+        return ""
+    times, live = [row["us"] for row in shown], sorted({x for line in points.values() for x, _ in line})
+    x = Axis("live tokens", live[0] / 1.25, live[-1] * 1.25, {n: f"{n:,}" for n in live}, True)
+    y = Axis("time, us", min(times) / 1.3, max(times) * 1.3, decades(min(times) / 1.3, max(times) * 1.3), True)
+    return svg("A mixed step in one graph", x, y, points, caption(device, shown, MIXED), styles=GRAPHS)
+
+
+def memory(rows: list[dict], device: str) -> str:
+    """What the pool holds once a bucket is captured, the largest first."""
+    shown = [row for row in rows if "pools" in row]
+    points = {row["provider"]: sorted(held(row["pools"])) for row in shown}
+    if "monolithic" not in points:
+        return ""
+    sizes = [size for size, _ in points["monolithic"]]
+    most = max(mib for line in points.values() for _, mib in line) * 1.1 or 1.0
+    powers = {n: f"{n:,.0f}" for n in sizes if math.log2(n).is_integer()}
+    x = Axis("bucket, tokens; the largest is captured first", sizes[0] / 1.25, sizes[-1] * 1.25, powers, True)
+    y = Axis("memory of the pool, MiB", 0.0, most, {most * i / 4: f"{most * i / 4:.0f}" for i in range(5)})
+    return svg("Memory over buckets", x, y, points, caption(device, shown, MIXED), styles=GRAPHS)
+
+
+def held(pools: dict[str, float]) -> list[tuple[float, float]]:
+    """(bucket, what is held after its capture) of what each capture, the largest first, takes from the device."""
+    sizes = sorted(map(int, pools), reverse=True)
+    return list(zip(map(float, sizes), itertools.accumulate(pools[str(size)] for size in sizes), strict=True))
+
+
 def context(rows: list[dict], device: str, ceiling: float | None) -> str:
     """Time over context, one request."""
     points, shown = series(rows, r"decode 1x(\d+)", lambda row, n: (n, row["us"]))
@@ -83,10 +132,10 @@ def batch(rows: list[dict], device: str, ceiling: float | None) -> str:
     return svg("Decode attention, keys and values read", x, y, points, caption(device, shown), floor_label(ceiling))
 
 
-def series(rows, pattern, point):
+def series(rows, pattern, point, styles=STYLES):
     """{provider: [(x, y), ...] in order of x}, and the rows shown: those whose whole case fits the pattern, where `point` of the row and the
     case's numbers is not None."""
-    found = {provider: [] for provider in STYLES}
+    found = {provider: [] for provider in styles}
     for row in rows:
         match = re.fullmatch(pattern, row["case"])
         if match and (at := point(row, *map(int, match.groups()))) is not None:
@@ -101,17 +150,18 @@ def decades(low: float, high: float) -> dict[float, str]:
     return {step: f"{step:g}" for step in steps if low <= step <= high}
 
 
-def caption(device, shown):
+def caption(device, shown, setting=SETTING):
     dates = sorted({row["date"] for row in shown})
-    return f"{device}, {' to '.join(dates[:1] + dates[1:][-1:])}; {SETTING}"
+    return f"{device}, {' to '.join(dates[:1] + dates[1:][-1:])}; {setting}"
 
 
 def floor_label(ceiling):
     return f"floor: read at {ceiling:.2f} TB/s" if ceiling else "floor"
 
 
-def svg(title: str, x: Axis, y: Axis, points: dict[str, list[tuple[float, float]]], caption: str, floor: str) -> str:
-    """One line a provider, in the order of STYLES, with a legend under the axis."""
+def svg(title: str, x: Axis, y: Axis, points: dict[str, list[tuple[float, float]]], caption: str, floor: str = "floor",
+        styles: dict[str, tuple[str, str]] = STYLES) -> str:
+    """One line a provider, in the order of `styles`, with a legend under the axis."""
     right, bottom = WIDTH - RIGHT, HEIGHT - BOTTOM
     px = lambda value: LEFT + x.at(value) * (right - LEFT)
     py = lambda value: bottom - y.at(value) * (bottom - TOP)
@@ -128,14 +178,14 @@ def svg(title: str, x: Axis, y: Axis, points: dict[str, list[tuple[float, float]
               text(16, middle, y.label + " (log scale)" * y.is_log, "middle", f'transform="rotate(-90 16 {middle:.0f})"'),
               text(LEFT, HEIGHT - 8, caption, "start", 'font-size="11"')]
     at = float(LEFT)
-    for provider in reversed([name for name in STYLES if name in points]):      # drawn last, gkernels lies on top
-        colour, shape = STYLES[provider]
+    for provider in reversed([name for name in styles if name in points]):      # drawn last, gkernels lies on top
+        colour, shape = styles[provider]
         path = "L".join(f"{px(a):.1f} {py(b):.1f}" for a, b in points[provider])
         dashes = "" if shape else ' stroke-dasharray="5 4"'
         lines.append(f'<g id="{provider}" fill="{colour}"><path d="M{path}" fill="none" stroke="{colour}" stroke-width="2"{dashes}/>')
         lines += [marker(shape, px(a), py(b)) for a, b in points[provider] if shape] + ["</g>"]
-    for provider in (name for name in STYLES if name in points):
-        colour, shape = STYLES[provider]
+    for provider in (name for name in styles if name in points):
+        colour, shape = styles[provider]
         words, dashes = floor if provider == "floor" else LABELS.get(provider, provider), "" if shape else ' stroke-dasharray="5 4"'
         lines += [f'<path d="M{at:.0f} {bottom + 57}h22" stroke="{colour}" stroke-width="2"{dashes}/>',
                   f'<g fill="{colour}">{marker(shape, at + 11, bottom + 57)}</g>' if shape else "", text(at + 28, bottom + 61, words, "start")]
@@ -155,5 +205,6 @@ def marker(shape: str, x: float, y: float) -> str:
 
 
 if __name__ == "__main__":
-    for written in attention(Path(sys.argv[1] if len(sys.argv) > 1 else harness.ROOT / "bench" / "results" / "h200.json")):
+    saved = Path(sys.argv[1] if len(sys.argv) > 1 else harness.ROOT / "bench" / "results" / "h200.json")
+    for written in (*attention(saved), *graphs(saved)):
         print(written)

@@ -2,11 +2,9 @@
 
 As on a GPU, what is called while a graph captures is noted and not computed (its results hold NaN or junk until a replay), reading a tensor
 on the host spoils the capture, a failed capture keeps its pool, and a pool's memory is freed when no graph holds it and the cache is emptied.
-Torch's operators on CPU tensors and interpreted Triton kernels stand for kernels. `Driver` stands for cuda.bindings', as far as graphs are made
-through it: conditional nodes, child graphs, executables and their updates.
+Torch's operators on CPU tensors and interpreted Triton kernels stand for kernels. fake_driver.py stands for cuda.bindings.
 """
 
-import ctypes
 import functools
 import sys
 from contextlib import contextmanager
@@ -18,6 +16,7 @@ from triton.runtime.interpreter import GridExecutor
 
 from gkernels.graph import conditional, segments
 from gkernels.graph.memory import fill_with_junk, tensors_in
+from tests.fake_driver import Driver, again
 
 
 class Planted(Exception):
@@ -73,6 +72,13 @@ class FakeCuda:
         monkeypatch.setattr(segments, "count_nodes", lambda graph: len(graph.tape))
         monkeypatch.setattr(GridExecutor, "__call__", noted_launch)
         return self
+
+    def lose_bindings(self, monkeypatch, version=13000):
+        """As torch 2.14 without cuda.bindings, on a driver of that version: WHILE nodes by methods of CUDAGraph."""
+        monkeypatch.setitem(sys.modules, "cuda.bindings", None)
+        monkeypatch.setattr(conditional, "driver_version", lambda: version)
+        torch.cuda.CUDAGraph.begin_capture_to_while_node = Graph.begin_capture_to_while_node       # the stand-in's: it goes with it
+        torch.cuda.CUDAGraph.get_currently_capturing_graph = lambda: self.capturing
 
     @property
     def reserved(self):
@@ -131,7 +137,7 @@ class Graph:
     """A CUDAGraph whose nodes are calls."""
 
     def __init__(self, cuda, keep_graph=False):
-        self.cuda, self.tape, self.valid, self.ended, self.ready = cuda, [], True, False, False
+        self.cuda, self.tape, self.open, self.valid, self.ended, self.ready = cuda, [], [], True, False, False
 
     def capture_begin(self, pool):
         self.cuda.event()
@@ -147,9 +153,30 @@ class Graph:
             raise RuntimeError("this stream does not capture")
         self.mode.__exit__(None, None, None)
         self.cuda.capturing = None
+        assert not self.open, "in a body yet"
         if not self.valid:
             raise RuntimeError("operation failed due to a previous error during capture")
         self.pool.receives, self.ended = False, True
+
+    def begin_capture_to_while_node(self, more):
+        """What follows is the body of a WHILE node, before which `more` is looked at."""
+        self.check_condition(more)
+        body, condition = [], [False]
+        self.tape += [functools.partial(hold, condition, more), functools.partial(turn, condition, body)]
+        self.open.append((self.tape, condition))
+        self.tape = body
+
+    def set_conditional_handle_for_current_node(self, more):
+        self.check_condition(more)
+        self.tape.append(functools.partial(hold, self.open[-1][1], more))
+
+    def end_capture_to_conditional_node(self):
+        self.tape, _ = self.open.pop()
+        self.cuda.event()
+
+    def check_condition(self, more):
+        self.cuda.event()
+        assert self.cuda.capturing is self and more.dtype == torch.bool and more.shape == (), "a condition of one truth"
 
     def instantiate(self):
         self.cuda.event()
@@ -169,122 +196,6 @@ class Graph:
         if self.ended:
             self.pool.graphs -= 1
         self.ended = self.ready = False
-
-
-class Driver:
-    """cuda.bindings.driver. Every call is an event. A graph is a list of nodes, each behind the one before; its address is a number."""
-
-    CUresult = SimpleNamespace(CUDA_ERROR_GRAPH_EXEC_UPDATE_FAILURE=910)
-    CUgraphNodeType = SimpleNamespace(CU_GRAPH_NODE_TYPE_CONDITIONAL="conditional")
-    CUgraphConditionalNodeType = SimpleNamespace(CU_GRAPH_COND_TYPE_WHILE="while", CU_GRAPH_COND_TYPE_SWITCH="switch")
-    CUDA_KERNEL_NODE_PARAMS = SimpleNamespace
-
-    def __init__(self, cuda):
-        self.cuda, self.graphs, self.captured, self.executables, self.conditions, self.updates = cuda, {}, {}, {}, {}, 0
-        self.bodies, self.torn, self.made = {}, set(), 0
-
-    def new(self, table, value):
-        self.cuda.event()
-        self.made += 1
-        table[self.made] = value
-        return self.made
-
-    def CUgraph(self, init_value):
-        return init_value
-
-    def CUgraphNodeParams(self):
-        return SimpleNamespace(conditional=SimpleNamespace())
-
-    def cuDriverGetVersion(self):
-        return 0, 13000
-
-    def cuCtxGetCurrent(self):
-        return 0, 1
-
-    def cuGraphCreate(self, flags):
-        return 0, self.new(self.graphs, [])
-
-    def cuGraphDestroy(self, graph):
-        del self.graphs[graph]
-        return (0,)
-
-    def add(self, graph, after, count, call):
-        self.cuda.event()
-        nodes = self.graphs[graph] if graph in self.graphs else self.bodies[graph]
-        assert (after or []) == [len(nodes)] * bool(nodes) and count == bool(nodes), "behind the last node, and that alone"
-        nodes.append(call)
-        return 0, len(nodes)
-
-    def cuGraphConditionalHandleCreate(self, graph, context, value, flags):
-        assert graph in self.graphs and (value, flags) == (0, 1)
-        return 0, self.new(self.conditions, value)
-
-    def cuGraphAddKernelNode(self, graph, after, count, node):
-        values, types = node.kernelParams
-        assert len(values) == len(types) and (node.gridDimX, node.gridDimY, node.gridDimZ, node.blockDimY, node.blockDimZ) == (1,) * 5
-        return self.add(graph, after, count, functools.partial(getattr(self, node.func.decode()), node.blockDimX, *values))
-
-    def cuGraphAddChildGraphNode(self, graph, after, count, child):
-        assert child in self.captured, "a captured graph"
-        return self.add(graph, after, count, functools.partial(self.play, list(self.captured[child].tape)))
-
-    def cuGraphAddNode(self, graph, after, data, count, params):
-        assert params.type == "conditional" and data is None and graph in self.graphs
-        node = params.conditional
-        made = [self.new(self.bodies, []) for _ in range(node.size)]
-        node.phGraph_out = made
-        assert node.type == "switch" or node.size == 1
-        return self.add(graph, after, count, functools.partial(self.decide, node.type, node.handle, [self.bodies[body] for body in made]))
-
-    def decide(self, kind, handle, bodies):
-        while kind == "while" and self.conditions[handle]:
-            self.play(bodies[0])
-        if kind == "switch" and self.conditions[handle] < len(bodies):
-            self.play(bodies[self.conditions[handle]])
-
-    def play(self, calls):
-        for call in calls:
-            call()
-
-    def go_on(self, threads, handle, left, running, done, steps):
-        left, running = (ctypes.c_int32.from_address(address) for address in (left, running))
-        left.value -= done
-        self.conditions[handle] = int(left.value >= steps and running.value > 0)
-
-    def choose(self, threads, handle, live, sizes, count, taken):
-        assert threads == count
-        n, sizes = ctypes.c_int32.from_address(live).value, (ctypes.c_int32 * count).from_address(sizes)
-        first = sum(size < n for size in sizes)
-        covered = n > 0 and first < count
-        ctypes.c_int32.from_address(taken).value = sizes[first] if covered else 0
-        self.conditions[handle] = first if covered else count
-
-    def cuGraphInstantiate(self, graph, flags):
-        return 0, self.new(self.executables, list(self.nodes(graph)))
-
-    def nodes(self, graph):
-        return self.captured[graph].tape if graph in self.captured else self.graphs[graph]
-
-    def cuGraphExecUpdate(self, executable, graph):
-        """Nodes are alike where the same operator stands in the same place."""
-        self.cuda.event()
-        kind = lambda call: call.args[1] if call.func is again else call.func
-        old, new = self.executables[executable], self.nodes(graph)
-        if list(map(kind, old)) != list(map(kind, new)):
-            self.torn.add(executable)
-            return 910, None
-        self.executables[executable], self.updates = list(new), self.updates + 1
-        self.torn.discard(executable)
-        return 0, None
-
-    def cuGraphExecDestroy(self, executable):
-        del self.executables[executable]
-        return (0,)
-
-    def cuGraphLaunch(self, executable, stream):
-        assert not self.cuda.capturing and executable not in self.torn
-        self.play(self.executables[executable])
-        return (0,)
 
 
 class Tape(TorchDispatchMode):
@@ -314,6 +225,11 @@ class Tape(TorchDispatchMode):
         return results
 
 
-def again(results, op, args, kwargs):
-    for old, new in zip(tensors_in([results]), tensors_in([op(*args, **kwargs)]), strict=True):
-        old.copy_(new)
+def hold(condition, more):
+    condition[0] = bool(more)
+
+
+def turn(condition, body):
+    while condition[0]:
+        for call in body:
+            call()

@@ -2,6 +2,7 @@
 
 import gc
 import inspect
+import sys
 from contextlib import contextmanager
 
 import pytest
@@ -90,6 +91,16 @@ def test_clean_captures_say_what_they_prove(cuda):
                              "6 captures of one case leave no memory behind"] and not report.unproven
 
 
+def test_without_bindings_replays_are_compared_and_nodes_are_not(cuda, monkeypatch):
+    monkeypatch.setitem(sys.modules, "cuda.bindings", None)
+    report = captured(GALLERY["passes_the_longest"].build())
+    assert report.names == {"replay-differs"}
+    assert report.unproven == ["the nodes of captures: cuda.bindings, which reads them, is not installed; pip install 'gkernels[loop]'"]
+    cuda.held = [1 << 30] * captures.AGAIN
+    report = captured(GALLERY["clean"].build())
+    assert report.clean and len(report.proven) == 2 and not any("nodes" in line for line in report.proven)
+
+
 def test_a_launch_beside_the_capture_is_missed(cuda):
     e = Engine()
 
@@ -117,7 +128,8 @@ def test_unsafe_nodes_and_conditional_bodies_are_told(cuda, monkeypatch):
     more = [Node("host"), Node("conditional")]
     monkeypatch.setattr(captures, "read_nodes", lambda tape: [*nodes_of(tape), *more])
     report = captured(GALLERY["clean"].build())
-    assert report.names == {"forbidden-node"} and report.unproven == ["the bodies of 1 conditional nodes"]
+    assert report.names == {"forbidden-node"} and report.unproven == [
+        "the bodies of 1 conditional nodes, which drivers before CUDA 13.2 do not tell"]
 
 
 def test_a_failed_capture_ends_the_captures_alone(cuda):

@@ -221,7 +221,7 @@ def lost():
     raise RuntimeError("no libnvrtc.so")
 
 
-@pytest.mark.parametrize("there, why", [((None,), r"cuda.bindings, which is not installed; pip install 'gkernels\[loop\]'"),
+@pytest.mark.parametrize("there, why", [((None,), r"cuda.bindings, which is not installed; pip install 'gkernels\[loop\]', or torch 2.14 or later"),
                                         ((12030,), "the driver is of CUDA 12.3, WHILE nodes came with 12.4; update it"),
                                         ((12040, lost), r"which cuda.bindings does not find \(no libnvrtc.so\); pip install nvidia-cuda-nvrtc"),
                                         ((12040,), ""), ((13000,), "")])

@@ -11,13 +11,15 @@ import gc
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass
 
 import torch
 
 from .. import progress as bars
 from .buckets import Buckets
-from .executable import Turns, shared
+from .executable import Turns, raw, shared
+from .nodes import Node, read_nodes
 from .segments import Segments, borrowed
 
 
@@ -97,6 +99,21 @@ class GraphRunner:
         self.graphs.clear()
         torch.cuda.empty_cache()
 
+    def detach(self) -> GraphRunner:
+        """Hands the graphs, and what they need, to another runner, which is returned; this one has none then."""
+        other = copy(self)
+        self.graphs, self.executables = {}, []
+        return other
+
+    def nodes(self) -> dict[str, list[Node]]:
+        """By launch, "bucket 8" or, cut into many graphs, "bucket 8, graph 0": its nodes, those of conditional bodies among them. Raises as
+        `gkernels.graph.nodes.read_nodes`."""
+        found = {}
+        for c in self.graphs.values():
+            for i, graph in enumerate(c.graphs):
+                found[f"bucket {c.bucket}" + (f", graph {i}" if len(c.graphs) > 1 else "")] = read_nodes(raw(graph))
+        return found
+
     @contextmanager
     def marked(self) -> Iterator[None]:
         """While it lasts, the ops that are to run eagerly are marked."""
@@ -115,6 +132,10 @@ class GraphRunner:
     def finish(self) -> None:
         """Once every bucket is captured."""
 
+    def recorded(self, bucket: int) -> object:
+        """What a capture records."""
+        return self.step(bucket)
+
     def call(self, bucket: int) -> object:
         """What a replay of the bucket does, without a graph."""
         return self.step(bucket)
@@ -129,7 +150,7 @@ class GraphRunner:
             torch.cuda.empty_cache()                    # the pool cannot take what the warm-up leaves cached
             before = torch.cuda.memory_reserved(self.device)
             with Segments(pool, self.BREAKABLE, self.playable) as segments:
-                outputs = self.step(bucket)
+                outputs = self.recorded(bucket)
                 self.verify(segments)
         mib = (torch.cuda.memory_reserved(self.device) - before) / 2**20
         seconds = time.perf_counter() - start

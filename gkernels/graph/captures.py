@@ -14,7 +14,7 @@ from triton import knobs
 from .findings import Report
 from .launches import Launch, record, user_place
 from .memory import named_tensors, poison
-from .nodes import Node, compare_nodes, different_words, missing_kernels, read_nodes, unsafe_nodes
+from .nodes import Node, compare_nodes, different_words, missing_kernels, read_nodes, unread, unreadable, unsafe_nodes
 from .trace import Trace
 
 if TYPE_CHECKING:
@@ -92,6 +92,7 @@ class Captures:
         self.examination, self.setting, self.report = examination, examination.setting, examination.report
         self.stream = torch.cuda.Stream(examination.device)
         self.made: list[Capture] = []
+        self.unreadable = unreadable()
 
     def run_all(self) -> None:
         """Captures every case, the first twice; compares, replays, and captures again and again."""
@@ -117,12 +118,15 @@ class Captures:
             cause = first_of(error)
             self.report.add(why(cause), self.examination.raised_at(cause), f"{type(cause).__name__}: {str(cause).splitlines()[0]}", str(case))
             raise CaptureFailed from error
-        nodes = read_nodes(graph.raw_cuda_graph())
+        nodes = [] if self.unreadable else read_nodes(graph.raw_cuda_graph())
         graph.instantiate()
         return Capture(case, graph, result, launches, nodes)
 
     def compare(self) -> None:
         """The captures against the first, and what each of them holds."""
+        if self.unreadable:
+            self.report.unproven.append(f"the nodes of captures: {self.unreadable}")
+            return
         again, first, *others = self.made
         noise, names = list(different_words(again.nodes, first.nodes)), parameter_names(first)
         for capture in (again, *others):
@@ -137,10 +141,8 @@ class Captures:
         self.examination.prove(f"{len(first.nodes)} nodes, all safe, are the same in {len(self.made)} captures of {len(self.setting.cases)} cases",
                                {"kernel-by-data", "data-dependent-grid", "different-node", "specialisation", "baked-scalar", "forbidden-node",
                                 "uncaptured-launch"})
-
-        conditional = sum(node.kind == "conditional" for node in first.nodes)
-        if conditional:
-            self.report.unproven.append(f"the bodies of {conditional} conditional nodes")
+        if hidden := unread(first.nodes):
+            self.report.unproven.append(f"the bodies of {hidden} conditional nodes, which drivers before CUDA 13.2 do not tell")
 
     def replay(self) -> None:
         """The first case's graph on all cases and on its own again, then the others' on the first: allocations and collections in between."""
@@ -192,6 +194,10 @@ def triton_launches(capture: Capture) -> dict[int, Launch]:
 
 
 def parameter_names(capture: Capture) -> dict[int, list[str]]:
-    """By node: the arguments that Triton passes, in order; what it folds into the binary is left out."""
-    return {i: [name for name, kind in launch.classes.items() if not kind.startswith("constexpr")]
-            for i, launch in triton_launches(capture).items()}
+    """By node: the names of its arguments."""
+    return {i: passed_names(launch) for i, launch in triton_launches(capture).items()}
+
+
+def passed_names(launch: Launch) -> list[str]:
+    """The arguments that Triton passes, in order; what it folds into the binary is left out."""
+    return [name for name, kind in launch.classes.items() if not kind.startswith("constexpr")]

@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 
+from .capture import GraphRunner
 from .findings import Report
 
 
@@ -98,6 +99,19 @@ def examine(subject: Subject) -> Report:
     examination = Examination(subject)
     examination.run_all()
     return examination.report
+
+
+def check_runner(runner: GraphRunner, stage: Callable[[Any], None], cases: Sequence[Any] = CASES) -> Report:
+    """Captures a runner of `gkernels.graph` once for each case, and for the first once more, and compares what its graphs hold, node by node, down
+    into the bodies of a Loop's WHILE and a ChoosingRunner's SWITCH nodes: a difference is a decision of the host that the graphs freeze. `check`
+    proves more, of the step itself; a runner's conditional nodes it never meets, for no capture may launch one.
+
+    `stage(case)` fills the static inputs, and is called before each capture; cases are at least two, as Subject's. What the runner held before is
+    dropped, and it keeps the last case's graphs."""
+    from .recaptures import examine_runner
+    if len(cases) < 2:
+        raise ValueError(f"gkernels.graph.check_runner: cases: got {len(cases)}, expected at least 2, which differ in all that a batch may differ in")
+    return examine_runner(runner, stage, cases)
 
 
 def load(target: str) -> Subject:

@@ -9,6 +9,7 @@ import torch
 from .buckets import Buckets
 from .capture import GraphRunner
 from .conditional import SWITCH, Switch, unavailable
+from .nodes import Node
 
 
 class ChoosingRunner(GraphRunner):
@@ -53,6 +54,15 @@ class ChoosingRunner(GraphRunner):
     def release(self) -> None:
         self.switch = None
         super().release()
+
+    def detach(self) -> GraphRunner:
+        other = super().detach()
+        self.switch = None
+        return other
+
+    def nodes(self) -> dict[str, list[Node]]:
+        """As GraphRunner.nodes, of the one launch that all buckets share, "all buckets"."""
+        return {"all buckets": self.switch.nodes()} if self.switch else {}
 
     def replay(self, n: int | None = None) -> object:
         """Launches the graph that chooses. Returns the outputs of n's bucket where the host knows n to be what `live` holds; else None: what the step

@@ -1,4 +1,6 @@
 """Conditional nodes around captured graphs, made through cuda.bindings, which torch does not bring. The host launches once, the device decides.
+Without cuda.bindings, `capture_while` makes WHILE nodes by the methods of torch's CUDAGraph, which came with torch 2.14: a turn then launches a
+handful of torch's kernels where `go_on` is one.
 
 WhileLoop, of `steps` calls of a body a turn, and where these are more than one, of the turns of one call that are left over:
 
@@ -19,14 +21,17 @@ Switch, of as many bodies as there are sizes:
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import lru_cache
+from typing import Any
 
 import torch
 
 from .executable import Executable, raw
-from .nodes import answered
+from .nodes import Bodies, Node, answered, nodes_of
+from .segments import refresh
 
 WHILE, SWITCH = "WHILE", "SWITCH"
 FIRST_DRIVER = {WHILE: 12040, SWITCH: 12080}     # came with CUDA 12.4 and 12.8
@@ -55,67 +60,137 @@ PARAMETERS = {b"go_on": (ctypes.c_ulonglong, POINTER, POINTER, INT, INT), b"choo
 
 def unavailable(kind: str = WHILE) -> str:
     """Why no WHILE, or SWITCH, node can be made on a CUDA device here, and the mend; "" where one can."""
+    why = without_bindings(kind)
+    if why and kind == WHILE and has_methods():
+        return too_old(driver_version(), kind)
+    return why
+
+
+def without_bindings(kind: str) -> str:
+    """Why cuda.bindings makes none; "" where it can."""
     try:
         from cuda.bindings import driver, nvrtc
         nvrtc.nvrtcVersion()
     except ImportError:
-        return f"{kind} nodes are made through cuda.bindings, which is not installed; pip install 'gkernels[loop]'"
+        newer = ", or torch 2.14 or later" if kind == WHILE else ""
+        return f"{kind} nodes are made through cuda.bindings, which is not installed; pip install 'gkernels[loop]'{newer}"
     except RuntimeError as error:
         return f"{kind} nodes need NVRTC, which cuda.bindings does not find ({error}); pip install nvidia-cuda-nvrtc"
-    (version,), first = answered(driver.cuDriverGetVersion()), FIRST_DRIVER[kind]
-    if version < first:
-        return f"the driver is of CUDA {dotted(version)}, {kind} nodes came with {dotted(first)}; update it"
-    return ""
+    return too_old(answered(driver.cuDriverGetVersion())[0], kind)
+
+
+def too_old(version: int, kind: str) -> str:
+    first = FIRST_DRIVER[kind]
+    return f"the driver is of CUDA {dotted(version)}, {kind} nodes came with {dotted(first)}; update it" if version < first else ""
+
+
+def driver_version() -> int:
+    """The CUDA version of the driver, without cuda.bindings: 13020 for 13.2."""
+    version = ctypes.c_int()
+    error = ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
+    return answered((error, version.value))[0]
+
+
+def has_methods() -> bool:
+    """Whether torch makes WHILE nodes."""
+    return hasattr(torch.cuda.CUDAGraph, "begin_capture_to_while_node")
+
+
+def capture_while(call: Callable[[], object], left: torch.Tensor, running: torch.Tensor, steps: int = 1) -> object:
+    """WhileLoop's turns of `call`, for the capture that goes on: by torch's methods, into the graph under capture. Returns what the first node's last
+    call returned; the second node's calls copy theirs there."""
+    graph: Any = torch.cuda.CUDAGraph.get_currently_capturing_graph()
+    outputs = None
+    for n in dict.fromkeys((steps, 1)):
+        more = goes_on(left, running, n)
+        graph.begin_capture_to_while_node(more)
+        try:
+            for _ in range(n):
+                results = call()
+            if n == steps:
+                outputs = results
+            else:
+                refresh(outputs, results, "step")
+            left.sub_(n)
+            more.copy_(goes_on(left, running, n))
+            graph.set_conditional_handle_for_current_node(more)
+        finally:
+            graph.end_capture_to_conditional_node()
+    return outputs
+
+
+def goes_on(left: torch.Tensor, running: torch.Tensor, steps: int) -> torch.Tensor:
+    """Whether another turn follows, bool []."""
+    return (left[0] >= steps) & (running[0] > 0)
 
 
 def dotted(version: int) -> str:
     return f"{version // 1000}.{version % 1000 // 10}"
 
 
-class WhileLoop:
-    """`body`, a captured graph that is kept, in WHILE nodes over `left` and `running`, int32 [1]. A call launches it on the current stream.
+class Conditional:
+    """A graph that `build` makes, on the device of its tensors. A call launches it on the current stream. RuntimeError where the driver refuses;
+    nothing is left behind then, nor with the last reference."""
 
-    `body` holds the memory pool of what it captured, and must live as long as this does. RuntimeError where the driver refuses; nothing is left
-    behind then, nor with the last reference."""
+    def __init__(self, device: torch.device):
+        with Nodes() as nodes:
+            self.build(nodes)
+            self.launch = Executable(int(nodes.graph), device)
+
+    def __call__(self) -> None:
+        self.launch()
+
+    def build(self, nodes: Nodes) -> None:
+        """Adds the nodes to a graph that is empty."""
+        raise NotImplementedError
+
+    def nodes(self) -> list[Node]:
+        """What a launch does, the bodies' nodes among it: read from a graph made once more, without the handles of its own that each has."""
+        with Nodes() as nodes:
+            self.build(nodes)
+            made = nodes_of(nodes.driver, nodes.graph, nodes.bodies)
+        return [replace(node, parameters=node.parameters[1:]) if node.name.encode() in PARAMETERS else node for node in made]
+
+
+class WhileLoop(Conditional):
+    """`body`, a captured graph that is kept, in WHILE nodes over `left` and `running`, int32 [1]. It holds the memory pool of what it captured, and
+    must live as long as this does."""
 
     def __init__(self, body: torch.cuda.CUDAGraph, left: torch.Tensor, running: torch.Tensor, steps: int = 1):
         require_device("Loop", left=left, running=running)
-        with Nodes() as nodes:
-            at = None
-            for n in dict.fromkeys((steps, 1)):
-                handle = nodes.handle()
-                arguments = (int(handle), left.data_ptr(), running.data_ptr())
-                at, (inside,) = nodes.conditional(nodes.kernel(nodes.graph, at, b"go_on", (*arguments, 0, n)), handle, WHILE, 1)
-                turn = None
-                for _ in range(n):
-                    turn = nodes.child(inside, turn, body)
-                nodes.kernel(inside, turn, b"go_on", (*arguments, n, n))
-            self.launch = Executable(int(nodes.graph), left.device)
+        self.body, self.left, self.running, self.steps = body, left, running, steps
+        super().__init__(left.device)
 
-    def __call__(self) -> None:
-        self.launch()
+    def build(self, nodes: Nodes) -> None:
+        at = None
+        for n in dict.fromkeys((self.steps, 1)):
+            handle = nodes.handle()
+            arguments = (int(handle), self.left.data_ptr(), self.running.data_ptr())
+            at, (inside,) = nodes.conditional(nodes.kernel(nodes.graph, at, b"go_on", (*arguments, 0, n)), handle, WHILE, 1)
+            turn = None
+            for _ in range(n):
+                turn = nodes.child(inside, turn, self.body)
+            nodes.kernel(inside, turn, b"go_on", (*arguments, n, n))
 
 
-class Switch:
+class Switch(Conditional):
     """`bodies`, captured graphs that are kept, in a SWITCH node: a call launches, on the current stream, the one of the least of `sizes`, which rise,
     that `live` does not exceed, and none where there is none or `live` is below 1. All int32 on the device: live [1], sizes [bodies], and
-    taken [1], which the launch sets to that size, or to 0. Lifetime and errors as WhileLoop's."""
+    taken [1], which the launch sets to that size, or to 0. Lifetime as WhileLoop's."""
 
     def __init__(self, bodies: Sequence[torch.cuda.CUDAGraph], live: torch.Tensor, sizes: torch.Tensor, taken: torch.Tensor):
         require_device("ChoosingRunner", live=live, sizes=sizes, taken=taken)
-        self._sizes, count = sizes, len(bodies)               # read at every launch
-        if not count <= MOST_BODIES:
-            raise ValueError(f"gkernels.graph.ChoosingRunner: buckets: got {count}, expected at most {MOST_BODIES}")
-        with Nodes() as nodes:
-            handle = nodes.handle()
-            values = (int(handle), live.data_ptr(), sizes.data_ptr(), count, taken.data_ptr())
-            _, insides = nodes.conditional(nodes.kernel(nodes.graph, None, b"choose", values, threads=count), handle, SWITCH, count)
-            for inside, body in zip(insides, bodies, strict=True):
-                nodes.child(inside, None, body)
-            self.launch = Executable(int(nodes.graph), live.device)
+        self.bodies, self.live, self.sizes, self.taken = bodies, live, sizes, taken               # sizes are read at every launch
+        if not len(bodies) <= MOST_BODIES:
+            raise ValueError(f"gkernels.graph.ChoosingRunner: buckets: got {len(bodies)}, expected at most {MOST_BODIES}")
+        super().__init__(live.device)
 
-    def __call__(self) -> None:
-        self.launch()
+    def build(self, nodes: Nodes) -> None:
+        handle, count = nodes.handle(), len(self.bodies)
+        values = (int(handle), self.live.data_ptr(), self.sizes.data_ptr(), count, self.taken.data_ptr())
+        _, insides = nodes.conditional(nodes.kernel(nodes.graph, None, b"choose", values, threads=count), handle, SWITCH, count)
+        for inside, body in zip(insides, self.bodies, strict=True):
+            nodes.child(inside, None, body)
 
 
 def require_device(what: str, **tensors: torch.Tensor) -> None:
@@ -132,6 +207,7 @@ class Nodes(ExitStack):
         super().__enter__()
         self.driver = driver
         self.context, = answered(driver.cuCtxGetCurrent())
+        self.bodies = dict[int, Bodies]()           # of its conditional nodes, by their addresses
         self.graph, = answered(driver.cuGraphCreate(0))
         self.callback(driver.cuGraphDestroy, self.graph)
         return self
@@ -161,7 +237,9 @@ class Nodes(ExitStack):
         params.conditional.type = getattr(driver.CUgraphConditionalNodeType, f"CU_GRAPH_COND_TYPE_{kind}")
         add_node = getattr(driver, "cuGraphAddNode_v2", driver.cuGraphAddNode)               # its name in cuda-bindings 12
         node, = answered(add_node(self.graph, [after], None, 1, params))
-        return node, [driver.CUgraph(init_value=int(body)) for body in params.conditional.phGraph_out]
+        inside = [driver.CUgraph(init_value=int(body)) for body in params.conditional.phGraph_out]
+        self.bodies[int(node)] = kind, inside
+        return node, inside
 
 
 def function(device: int, name: bytes):

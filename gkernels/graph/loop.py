@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import cast
 
 import torch
 
 from .buckets import Buckets
 from .capture import GraphRunner
-from .conditional import WhileLoop, unavailable
+from .conditional import WHILE, WhileLoop, capture_while, unavailable, without_bindings
+from .nodes import Node
 
 
 class Burst(GraphRunner):
@@ -66,8 +68,20 @@ class Loop(GraphRunner):
             raise RuntimeError(f"gkernels.graph.Loop: capture: {self.why}, or capture a Burst")
         super().capture(progress)
 
-    def playable(self, graph: torch.cuda.CUDAGraph) -> WhileLoop:
-        return WhileLoop(graph, self.left, self.running, self.steps)
+    @property
+    def by_torch(self) -> bool:
+        """Whether torch's own methods make the nodes, for want of cuda.bindings."""
+        return without_bindings(WHILE) != "" == self.why
+
+    def recorded(self, bucket: int) -> object:
+        return capture_while(lambda: self.step(bucket), self.left, self.running, self.steps) if self.by_torch else super().recorded(bucket)
+
+    def playable(self, graph: torch.cuda.CUDAGraph) -> Callable[[], None]:
+        return super().playable(graph) if self.by_torch else WhileLoop(graph, self.left, self.running, self.steps)
+
+    def nodes(self) -> dict[str, list[Node]]:
+        made = {c.bucket: c.parts[0] for c in self.graphs.values()}
+        return super().nodes() if self.by_torch else {f"bucket {bucket}": cast(WhileLoop, loop).nodes() for bucket, loop in made.items()}
 
     def call(self, bucket: int) -> object:
         outputs = None

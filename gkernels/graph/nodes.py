@@ -1,4 +1,4 @@
-"""The nodes of a captured graph, and what differs between two captures of one callable.
+"""The nodes of a captured graph, those in its conditional bodies among them, and what differs between two captures of one callable.
 
 `read_nodes` asks the CUDA driver; all else is plain Python over `Node`.
 """
@@ -8,10 +8,13 @@ from __future__ import annotations
 import ctypes
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-SAFE = {"kernel", "memcpy", "memset", "empty", "graph", "conditional", "wait_event", "event_record"}   # kinds that a replay repeats as they are
+IN_BODIES = {"kernel", "memcpy", "memset", "empty", "graph", "conditional"}     # kinds that a replay repeats as they are, in a conditional body too
+SAFE = IN_BODIES | {"wait_event", "event_record"}
+FIRST_READ = 13020              # the driver that tells a conditional node's bodies, of CUDA 13.2
 Word = tuple[int, int, int]     # node, parameter, number of the 8-byte word in it
+Bodies = tuple[str, list]       # a conditional node's kind, and the CUgraph of each of its bodies
 
 
 @dataclass(frozen=True)
@@ -19,11 +22,12 @@ class Node:
     """One node. `parameters` are the bytes of a kernel's arguments, in order, as the launch stores them."""
 
     kind: str
-    name: str = ""
+    name: str = ""              # of a conditional one "WHILE of 1 bodies"; "" where its bodies are not known
     grid: tuple[int, ...] = ()
     block: tuple[int, ...] = ()
     shared: int = 0             # bytes of dynamic shared memory
     parameters: tuple[bytes, ...] = ()
+    within: str = ""            # the conditional bodies that it lies in, "body 0 of node 4 (WHILE)", the innermost first
 
 
 @dataclass(frozen=True)
@@ -53,7 +57,7 @@ def compare_nodes(first: Sequence[Node], other: Sequence[Node], noise: Iterable[
     names   by node: its parameters' names, where they are known"""
     found, names, noise = list[Difference](), names or {}, set(noise)
     for i, (a, b) in enumerate(zip(first, other, strict=False)):
-        if (a.kind, a.name) != (b.kind, b.name):
+        if (a.kind, a.name, a.within) != (b.kind, b.name, b.within):
             return [*found, Difference("kernel-by-data", i, f"node {i} is {label(a)} in one capture and {label(b)} in another")]
         if a.grid != b.grid:
             found.append(Difference("data-dependent-grid", i, f"node {i}, {label(a)}: grid {a.grid} in one capture, {b.grid} in another"))
@@ -77,8 +81,9 @@ def compare_nodes(first: Sequence[Node], other: Sequence[Node], noise: Iterable[
 
 
 def unsafe_nodes(nodes: Iterable[Node]) -> list[Difference]:
-    """Nodes that a replay does not repeat safely: calls of the host, allocations."""
-    return [Difference("forbidden-node", i, f"node {i} is {label(node)}") for i, node in enumerate(nodes) if node.kind not in SAFE]
+    """Nodes that a replay does not repeat safely: calls of the host, allocations, and in conditional bodies events."""
+    return [Difference("forbidden-node", i, f"node {i} is {label(node)}") for i, node in enumerate(nodes)
+            if node.kind not in (IN_BODIES if node.within else SAFE)]
 
 
 def missing_kernels(launched: Iterable[str], nodes: Iterable[Node]) -> dict[str, int]:
@@ -86,25 +91,60 @@ def missing_kernels(launched: Iterable[str], nodes: Iterable[Node]) -> dict[str,
     return dict(Counter(launched) - Counter(node.name for node in nodes if node.kind == "kernel"))
 
 
+def unread(nodes: Iterable[Node]) -> int:
+    """How many conditional nodes there are whose bodies are not known."""
+    return sum(node.kind == "conditional" and not node.name for node in nodes)
+
+
 def label(node: Node) -> str:
-    return f"{node.kind} {node.name}".rstrip()
+    return f"{node.kind} {node.name}".rstrip() + (f" in {node.within}" if node.within else "")
+
+
+def unreadable() -> str:
+    """Why no nodes can be read here, and the mend; "" where they can."""
+    try:
+        from cuda.bindings import driver  # noqa: F401
+    except ImportError:
+        return "cuda.bindings, which reads them, is not installed; pip install 'gkernels[loop]'"
+    return ""
 
 
 def read_nodes(graph: int) -> list[Node]:
     """The nodes of a cudaGraph_t (torch.cuda.CUDAGraph.raw_cuda_graph()), in the order in which they were captured. Raises ImportError without
     cuda.bindings, RuntimeError where the driver refuses."""
     from cuda.bindings import driver
-    return list(nodes_of(driver, driver.CUgraph(init_value=graph)))
+    return nodes_of(driver, driver.CUgraph(init_value=graph))
 
 
-def nodes_of(driver, graph) -> Iterator[Node]:
-    """The nodes of a graph, each child graph's behind the node that holds it."""
-    _, count = answered(driver.cuGraphGetNodes(graph))
-    nodes, _ = answered(driver.cuGraphGetNodes(graph, count)) if count else ((), 0)
-    for node in nodes[:count]:
-        yield read_node(driver, node)
-        if answered(driver.cuGraphNodeGetType(node))[0] == driver.CUgraphNodeType.CU_GRAPH_NODE_TYPE_GRAPH:
-            yield from nodes_of(driver, *answered(driver.cuGraphChildGraphNodeGetGraph(node)))
+def nodes_of(driver, graph, known: Mapping[int, Bodies] | None = None) -> list[Node]:
+    """The nodes of a graph, those of each child graph and of each conditional body behind the node that holds them. `known`: the bodies of
+    conditional nodes by the node's address, where the driver may not tell them."""
+    found = list[Node]()
+
+    def walk(graph, within):
+        _, count = answered(driver.cuGraphGetNodes(graph))
+        nodes, _ = answered(driver.cuGraphGetNodes(graph, count)) if count else ((), 0)
+        for node in nodes[:count]:
+            at = len(found)
+            found.append(replace(read_node(driver, node), within=within))
+            if found[at].kind == "graph":
+                walk(*answered(driver.cuGraphChildGraphNodeGetGraph(node)), within)
+            elif found[at].kind == "conditional" and (told := (known or {}).get(int(node)) or bodies_of(driver, node)):
+                kind, bodies = told
+                found[at] = replace(found[at], name=f"{kind} of {len(bodies)} bodies")
+                for i, body in enumerate(bodies):
+                    walk(body, f"body {i} of node {at} ({kind})" + (f" in {within}" if within else ""))
+
+    walk(graph, "")
+    return found
+
+
+def bodies_of(driver, node) -> Bodies | None:
+    """A conditional node's kind and the graphs of its bodies; None where bindings or driver are too old to tell."""
+    if not hasattr(driver, "cuGraphNodeGetParams") or answered(driver.cuDriverGetVersion())[0] < FIRST_READ:
+        return None
+    params = answered(driver.cuGraphNodeGetParams(node))[0].conditional
+    return params.type.name.removeprefix("CU_GRAPH_COND_TYPE_"), [driver.CUgraph(init_value=int(body)) for body in params.phGraph_out]
 
 
 def read_node(driver, node) -> Node:
