@@ -266,14 +266,16 @@ def test_lines_are_their_slots_own(device):
     assert rows() == [[5], every, [*ODD], every]
     s.allow([2], [pack(EVEN)])
     s.leave(0)
+    s.allow([], [])
     assert rows() == [every, every, [*EVEN], every]
 
 
 @pytest.mark.parametrize("slots, masks, words", [
     ([4], [pack(ODD)], r"allow: slots: got \[4\], expected 0 to 3"), ([-1], [pack(ODD)], r"allow: slots: got \[-1\], expected 0 to 3"),
-    ([1], [pack(ODD)[:1]], rf"allow: masks: got int32 \[1, 1\], expected int32 \[1, {WORDS}\], a row for each slot"),
-    ([1, 2], [pack(ODD)], rf"allow: masks: got int32 \[1, {WORDS}\], expected int32 \[2, {WORDS}\]"),
-    ([1], [pack(ODD).astype(np.int64)], r"allow: masks: got int64")])
+    ([1], [pack(ODD)[:1]], rf"allow: masks: got \['int32 \[1\]'\], expected int32 \[{WORDS}\] for each of 1 slots"),
+    ([1, 2], [pack(ODD)], rf"allow: masks: got \['int32 \[{WORDS}\]'\], expected int32 \[{WORDS}\] for each of 2 slots"),
+    ([1, 2], [pack(ODD), pack(ODD)[None]], rf"allow: masks: got \['int32 \[{WORDS}\]', 'int32 \[1, {WORDS}\]'\], expected"),
+    ([1], [pack(ODD).astype(np.int64)], r"allow: masks: got \['int64")])
 def test_a_step_names_masks_that_do_not_fit(device, slots, masks, words):
     s = Real(device).engine(capture=False).step_fn
     with pytest.raises(ValueError, match=f"gkernels.Step.{words}"):

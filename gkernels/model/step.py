@@ -151,11 +151,13 @@ class Step:
         if not all(0 <= slot < len(self.allowed) for slot in slots):
             raise ValueError(f"gkernels.Step.allow: slots: got {slots}, expected 0 to {len(self.allowed) - 1}" if self.adjusts else
                              "gkernels.Step.allow: slots: got a step without adjusts, expected one that adjusts; make it with adjusts=True")
-        lines, want = np.stack(masks), (len(slots), self.allowed.shape[1])
-        if lines.shape != want or lines.dtype != np.int32:
-            raise ValueError(f"gkernels.Step.allow: masks: got {lines.dtype} {list(lines.shape)}, expected int32 {list(want)}, a row for each slot")
-        pinned = torch.from_numpy(lines).pin_memory() if self.device.type == "cuda" else torch.from_numpy(lines)
-        for slot, line in zip(slots, pinned, strict=True):
+        words = self.allowed.shape[1]
+        if len(masks) != len(slots) or any(mask.dtype != np.int32 or mask.shape != (words,) for mask in masks):
+            raise ValueError(f"gkernels.Step.allow: masks: got {[f'{mask.dtype} {[*mask.shape]}' for mask in masks]}, expected int32 [{words}] for "
+                             f"each of {len(slots)} slots")
+        lines = torch.from_numpy(np.array(masks, dtype=np.int32).reshape(len(masks), words))
+        lines = lines.pin_memory() if self.device.type == "cuda" else lines
+        for slot, line in zip(slots, lines, strict=True):
             self.allowed[slot].copy_(line, non_blocking=True)              # torch keeps pinned memory until copies from it have ended
 
     def leave(self, slot: int) -> None:
