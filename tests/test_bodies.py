@@ -10,7 +10,11 @@ import torch
 from gkernels.graph import Buckets, Burst, ChoosingRunner, GraphRunner, Loop, PiecewiseRunner, eager
 from gkernels.graph.check import CASES, check_runner
 from gkernels.graph.nodes import Node, compare_nodes, nodes_of, unread, unsafe_nodes
+from gkernels.model.sampling import Sampling
+from gkernels.model.step import Row, Step
 from tests.gallery import N, _double_kernel, _first_column_kernel
+from tests.test_graph import eager_memory
+from tests.test_loop import DEPTH, PLACES, build_step
 
 CUDA = torch.cuda.is_available()
 on_a_stand_in = pytest.mark.skipif(CUDA, reason="a stand-in for CUDA, where the same runs on a GPU")
@@ -112,6 +116,72 @@ def test_a_runner_that_decides_nothing_is_clean_on_a_gpu(device, kind):
 @pytest.mark.parametrize("bakes, finding, words", [*BAKED, ("block", "different-node", r"block \(128, 1, 1\) in one capture, \(64, 1, 1\)")])
 def test_a_decision_of_the_host_is_named_with_its_body_on_a_gpu(device, kind, bakes, finding, words):
     check_named(kind, device, bakes, finding, words)
+
+
+@pytest.fixture(scope="module")
+def model_step():
+    return build_step()
+
+
+def model_loop(step):
+    b = step.buffers
+    return Loop(step, b["turns"], b["running"], Buckets([PLACES]), "cuda", (b.check_addresses,), steps=2)
+
+
+def stage_model(step):
+    """Stages decoding rows of a case, on pages of their own."""
+    def stage(case):
+        lens = case.batch(PLACES, 16)
+        step.stage([Row([17 + i], n, [1 + 8 * i + j for j in range(8)], Sampling(9), True, 0, 32, (), i) for i, n in enumerate(lens)], DEPTH)
+    return stage
+
+
+def check_model(step):
+    """The model's own step, in a loop: all its kernels lie in the body, and none follows the batch."""
+    loop = model_loop(step)
+    with eager_memory():
+        report = check_runner(loop, stage_model(step), CASES[:2])
+    inside = int(re.search(r"(\d+) of them in conditional bodies", " ".join(report.proven)).group(1)) if report.clean else 0
+    assert report.clean and not report.unproven and inside > 3 * 10, report
+    loop.release()
+
+
+class LastOnHost(Step):
+    """Multiplies its logits by the number of rows, which the host knows."""
+
+    def __call__(self, bucket):
+        logits = super().__call__(bucket)
+        logits.mul_(float(self.live))
+        return logits
+
+    def stage(self, rows, turns=1):
+        self.live = len(rows)
+        return super().stage(rows, turns)
+
+
+def check_model_that_looks(step):
+    loop, known = model_loop(step), step.__class__
+    step.__class__ = LastOnHost
+    try:
+        with eager_memory():
+            report = check_runner(loop, stage_model(step), (CASES[0], CASES[2]))
+    finally:
+        step.__class__ = known
+        loop.release()
+    assert report.names == {"baked-scalar"} and "in body 0 of node 1 (WHILE)" in report.errors[0].what, report
+
+
+@on_a_stand_in
+@pytest.mark.parametrize("checked", [check_model, check_model_that_looks])
+def test_the_models_loop_is_clean_and_one_that_looks_is_not(cuda, model_step, checked):
+    checked(model_step)
+    assert cuda.idle and not cuda.driver.executables
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("checked", [check_model, check_model_that_looks])
+def test_the_models_loop_is_clean_and_one_that_looks_is_not_on_a_gpu(model_step, checked):
+    checked(model_step)
 
 
 @on_a_stand_in

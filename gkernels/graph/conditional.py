@@ -72,8 +72,7 @@ def without_bindings(kind: str) -> str:
         from cuda.bindings import driver, nvrtc
         nvrtc.nvrtcVersion()
     except ImportError:
-        newer = ", or torch 2.14 or later" if kind == WHILE else ""
-        return f"{kind} nodes are made through cuda.bindings, which is not installed; pip install 'gkernels[loop]'{newer}"
+        return f"{kind} nodes are made through cuda.bindings, which is not installed; pip install 'gkernels[loop]'"
     except RuntimeError as error:
         return f"{kind} nodes need NVRTC, which cuda.bindings does not find ({error}); pip install nvidia-cuda-nvrtc"
     return too_old(answered(driver.cuDriverGetVersion())[0], kind)
