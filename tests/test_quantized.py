@@ -127,11 +127,11 @@ def test_parts_may_lie_in_any_shards(tmp_path):
         assert torch.equal(got.qkv.weight, want.qkv.weight) and torch.equal(got.down.scale, want.down.scale)
 
 
-def test_scales_of_activations_are_left_unread(tmp_path):
+def test_scales_of_activations_are_left_unread(tmp_path, device):
     make(tmp_path, "fp8")
     changed(tmp_path, lambda t: t.update({"model.layers.0.self_attn.q_proj.input_scale": torch.ones(1),
                                           "model.layers.1.self_attn.k_proj.k_scale": torch.ones(1)}))
-    assert loaded(tmp_path)[1].layers[0].qkv.weight.dtype == torch.float8_e4m3fn
+    assert loaded(tmp_path, device)[1].layers[0].qkv.weight.dtype == torch.float8_e4m3fn
 
 
 Q = "model.layers.1.self_attn.q_proj."
@@ -150,11 +150,11 @@ Q = "model.layers.1.self_attn.q_proj."
     ("fp8", lambda t: t.update({Q + "weight": torch.zeros(64, 64)}), "q_proj.weight: got dtype F32, expected one of F8_E4M3"),
     ("fp8 blocks", lambda t: t.update({Q + "weight_scale_inv": torch.ones(2, 1)}), r"weight_scale_inv: got shape \[2, 1\], expected \[1, 1\]"),
 ])
-def test_damage_is_named(tmp_path, kind, change, words):
+def test_damage_is_named(tmp_path, device, kind, change, words):
     make(tmp_path, kind)
     changed(tmp_path, change)
     with pytest.raises(ValueError, match=words):
-        loaded(tmp_path)
+        loaded(tmp_path, device)
 
 
 def test_blocks_that_straddle_projections_are_refused(tmp_path):

@@ -161,15 +161,14 @@ def _block(T, K, dtype, splits, BLOCK_N, TILES, kind):
     SPLITS, most = 1, MULTIPROCESSORS if kind == PLAIN else 2 * MULTIPROCESSORS
     while splits and SPLITS < MOST_SPLITS and TILES * SPLITS * 2 <= most and K >= BLOCK_K * SPLITS * 4:
         SPLITS *= 2
-    num_warps = 8 if (BLOCK_N == 128 and not hopper) or T > MOST_TOKENS else 4    # 4 spill where two sums are held
-    if hopper and kind != PLAIN and BLOCK_N <= 64 and BLOCK_M <= 32 and not 0 < kind.group < 128:
-        num_warps = 2         # too few for wgmma: mma.sync gives the same bits, waits for nothing, and leaves int4 a third fewer instructions
+    # 4 spill where two sums are held. Never fewer: 2 get mma.sync, whose sums have other bits than wgmma's
+    num_warps = 8 if (BLOCK_N == 128 and not hopper) or T > MOST_TOKENS else 4
     shared, stage = SHARED_BYTES.get(arch, LEAST_SHARED_BYTES), BLOCK_M * BLOCK_K * dtype.itemsize + kind.bytes(BLOCK_N, BLOCK_K, dtype)
-    sharing = 2 if triton.cdiv(T, BLOCK_M) * TILES * SPLITS > MULTIPROCESSORS else 1       # programs at a time on a multiprocessor
-    if num_warps == 2:
-        sharing = min(triton.cdiv(TILES * SPLITS, MULTIPROCESSORS), 4)
-    if sharing > 1:           # where its part holds 3 stages of 64 tokens
-        shared = max(shared // sharing, 0 if num_warps == 2 or not arch else LEAST_SHARED_BYTES, min(3 * stage, shared))
+    programs = triton.cdiv(T, BLOCK_M) * TILES * SPLITS
+    if hopper and kind.name == "int4" and programs > 2 * MULTIPROCESSORS:   # three at a time on each
+        shared = max(shared // 3, min(3 * stage, shared))
+    elif programs > MULTIPROCESSORS:                # two, where the half holds 3 stages of 64 tokens
+        shared = max(shared // 2, LEAST_SHARED_BYTES if arch else 0, min(3 * stage, shared))
     return BLOCK_M, BLOCK_K, SPLITS, num_warps, max(min(shared // stage, MOST_STAGES), 2)
 
 
