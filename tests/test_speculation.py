@@ -7,7 +7,7 @@ import reference.ngram as reference_ngram
 from gkernels import ops
 from gkernels.model.engine import Sampling
 from gkernels.model.speculation import Speculation, SpeculativeStep
-from tests.test_engine import MAX_LEN, Real, check_books, prompts, want
+from tests.test_engine import EOS, MAX_LEN, VOCAB, Real, check_books, prompts, want
 
 LOOPING = [(40 + i) % 80 + 14 for i in range(9)]            # a prompt after which the random model soon repeats itself
 
@@ -42,6 +42,24 @@ def test_greedy_equals_plain_in_fewer_steps(device, speculation, mode, options):
     engine = serve(device, [LOOPING], [s], speculation, **options)
     needed = calls(LOOPING, want(Real(device), LOOPING, s)[0], s, speculation, device)
     assert engine.modes == {"single": 1, mode: needed} and needed < 15, f"{engine.modes}, expected {needed}"
+
+
+@pytest.mark.parametrize("count", [6, pytest.param(200, marks=pytest.mark.gpu)])
+def test_random_prompts_bring_the_tokens_of_single_steps(device, count):
+    """Greedy, and byte for byte. Half of the prompts repeat themselves, so that drafts are found."""
+    draw, world = torch.Generator().manual_seed(5), Real(device)
+    some = lambda n: [token + (token >= EOS) for token in torch.randint(VOCAB - 1, (n,), generator=draw).tolist()]
+    batch = [some(3) * 3 if i % 2 else some(1 + i % 12) for i in range(count)]
+
+    def outputs(engine):
+        ids = [engine.add(prompt, Sampling(10, ignore_eos=True)) for prompt in batch]
+        for _ in engine.stream():
+            pass
+        return [(request.output, request.finish_reason) for request in map(engine.take, ids)]
+
+    guessing = world.engine(speculation=Speculation(3, 1, 2), loop=6)
+    assert outputs(guessing) == outputs(world.engine(loop=1, burst=1))
+    assert any(mode.startswith("speculative") for mode in guessing.modes), guessing.modes
 
 
 def test_drawn_and_stopped_requests_keep_their_tokens(device):
