@@ -138,7 +138,7 @@ def check_rows_keep_their_bits(op, arguments):
         assert_same(alone.k_cache[written], whole.k_cache[written])
 
 
-@given(seeds, dtypes, st.sampled_from([4, 20, 40, 65, 130]), shapes, st.booleans(), kinds)
+@given(seeds, dtypes, st.sampled_from([4, 20, 65]), shapes, st.booleans(), kinds)
 def test_rows_keep_their_bits(device, seed, dtype, T, shape, is_split, kind):
     check_rows_keep_their_bits(norm_qkv, draw(seed, T, shape, dtype, device, is_split=is_split, kind=kind))
 
