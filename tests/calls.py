@@ -194,16 +194,15 @@ def linear_quantized(device, dtype):
         yield f"fp8 T{T} N{N} K{K // 2}", linear_quantized.linear_fp8_out, (tensor(T, K // 2), *quantised(f"fp8 {fp8}", N, K // 2, device), *rest)
         yield f"int4 T{T} N{N} K{K}", linear_quantized.linear_int4_out, (tensor(T, K), *quantised(f"int4 {int4}", N, K, device), *rest)
     workspace, n = linear.Workspace.allocate(device), counter(1, device)
-    for kind in ("fp8 row", "fp8 block", "int4 32", "int4 128"):
-        for T in (1, 60):
-            norm, left = tensor(1024), scaled(T, 1024, dtype, device)
-            yield f"{kind} residual T{T}", split, (partial(linear.linear_residual, norm=norm, scaled=left), workspace, tensor(T, 2048),
-                                                   quantised(kind, 1024, 2048, device), tensor(T, 1024), None, n)
-            yield f"{kind} gate_up T{T}", gate_up.norm_gate_up_out, (scaled(T, 512, dtype, device), quantised(kind, 8448, 512, device), 1e-5,
-                                                                     tensor(T, 4224), None, n)
-            places = tensor(T, dtype=torch.int32), tensor(33, 128, dtype=torch.float32), torch.arange(T, device=device)
-            given = scaled(T, 2048, dtype, device), quantised(kind, 512, 2048, device), 1e-5, *places, *tensor(2, 4, 16, 1, 128), tensor(T, 2, 128)
-            yield f"{kind} qkv T{T}", split, (qkv.norm_qkv, workspace, *given, None, norm[:128], norm[:128], n)
+    for kind, T in (("fp8 row", 60), ("fp8 block", 60), ("int4 32", 1), ("int4 128", 60)):
+        norm, left = tensor(1024), scaled(T, 1024, dtype, device)
+        yield f"{kind} residual T{T}", split, (partial(linear.linear_residual, norm=norm, scaled=left), workspace, tensor(T, 2048),
+                                               quantised(kind, 1024, 2048, device), tensor(T, 1024), None, n)
+        yield f"{kind} gate_up T{T}", gate_up.norm_gate_up_out, (scaled(T, 512, dtype, device), quantised(kind, 8448, 512, device), 1e-5,
+                                                                 tensor(T, 4224), None, n)
+        places = tensor(T, dtype=torch.int32), tensor(33, 128, dtype=torch.float32), torch.arange(T, device=device)
+        given = scaled(T, 2048, dtype, device), quantised(kind, 512, 2048, device), 1e-5, *places, *tensor(2, 4, 16, 1, 128), tensor(T, 2, 128)
+        yield f"{kind} qkv T{T}", split, (qkv.norm_qkv, workspace, *given, None, norm[:128], norm[:128], n)
 
 
 def split(function, workspace, *arguments):
