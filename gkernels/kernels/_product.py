@@ -147,12 +147,13 @@ def _block(T, K, dtype, splits, BLOCK_N, TILES, kind):
     half, arch = dtype != torch.float32, capability()
     hopper = half and arch // 10 == 9
     if T > MOST_TOKENS:
-        widest = (MOST_ROWS if kind == PLAIN else 64) if hopper else 32     # sm_80 spills where 64 rows have two sums
+        # Two sums: a head of 128 with norms spills beside 64 rows on Hopper, sm_80 spills at 64 and gfx942 at 32
+        widest = (MOST_ROWS if kind == PLAIN and BLOCK_N <= 64 else 64) if hopper else 32 if arch else 16
     else:
         widest = 64 if half and arch != 100 else 32     # sm_100 spills beside 64 rows' squares
-    # Sums of several groups at once: 64 rows spill 424 bytes on sm_80; and on gfx942 32 rows of a head of 128 spill
+    # Sums of several groups at once: 64 rows spill 424 bytes on sm_80; and on gfx942 32 rows spill beside converted weights
     if (kind.name == "int4" and kind.group < 128) or (kind != PLAIN and not arch):
-        widest = 32
+        widest = min(widest, 32) if arch else 16
     BLOCK_M = max(min(triton.next_power_of_2(T), widest if BLOCK_N <= 64 else widest // 2), 16)
     # Tiles of 128 x 128 spill but on Hopper, which reads them from shared memory
     BLOCK_K = next((b for b in (128, 64) if K % b == 0 and half and (b * BLOCK_N <= 8192 or hopper)), 32 if half or BLOCK_N < 128 else 16)
