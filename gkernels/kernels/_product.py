@@ -64,9 +64,9 @@ class Tile(NamedTuple):
 
     def options(self) -> dict[str, int]:
         overlap = {"launch_pdl": True} if self.LINES else {}
-        # 255 registers, or sm_80 spills at 72; but on Hopper, which does not, the node of q, k and v would take 218 instead of 79. There int4 in
-        # float32 does, at 128
-        is_free = capability() // 10 == 9 and (self.KIND != "int4" or self.PACKED)
+        # 255 registers, or sm_80 spills at 72; but on Hopper, which does not, the node of q, k and v would take 218 instead of 79. There converted
+        # weights do in float32, at 128, and in tiles of 16 rows, at 48
+        is_free = capability() // 10 == 9 and (self.KIND == "plain" or (self.PACKED and self.BLOCK_N > 16))
         return dict(num_warps=self.num_warps, num_stages=self.num_stages) | overlap | ({} if is_free else _check.registers(255))
 
 
