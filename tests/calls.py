@@ -8,9 +8,11 @@ from functools import partial
 
 import torch
 
+from gkernels.kernels import _check
 from tests.strategies import Batch, Features, counter
 
 ROOMS = {}
+MANY = 528 if _check.INTERPRETED else 8448    # rows of a weight that give a program to each multiprocessor; the interpreter's tiles depend on none
 MIXED = Batch([18, 1, 1], [0, 30, 7], 16, pads=4, spare_requests=1)                 # for attention: the first is tall, but for G1 and G7
 DECODE = Batch([1, 1, 1], [4, 30, 7], 16, pads=1, spare_requests=1)                 # as many tokens as requests, so none
 PLAIN, FEATURES = Features(), Features(window=(9, -1), tree=True, softcap=1.5, sinks=True, alibi=2, scales=2)
@@ -147,7 +149,7 @@ def embedding(device, dtype):
 @room
 def linear(device, dtype):
     from gkernels.kernels import linear
-    for T, N, K in ((1, 16, 256), (60, 16, 256), (1, 3072, 128), (1, 8448, 128), (60, 8448, 128), (60, 64, 64), (3, 5, 100), (300, 20, 64)):
+    for T, N, K in ((1, 16, 256), (60, 16, 256), (1, 3072, 128), (1, MANY, 128), (60, MANY, 128), (60, 64, 64), (3, 5, 100), (300, 20, 64)):
         x, weight, bias = (torch.zeros(*shape, dtype=dtype, device=device) for shape in ((T, K), (N, K), (N,)))
         yield f"T{T} N{N} K{K}", linear.linear_out, (x, weight, torch.empty(T, N, dtype=dtype, device=device), bias, counter(1, device))
         yield f"T{T} N{N} K{K} logits", linear.linear_out, (x, weight, torch.empty(T, N, device=device), None, counter(1, device))
@@ -159,9 +161,9 @@ def linear(device, dtype):
         yield f"residual T{T} N{N} K{K}", split, (linear.linear_residual, workspace, x, weight, out, None, counter(1, device))
         yield f"residual norm T{T} N{N} K{K}", split, (partial(linear.linear_residual, norm=norm, scaled=left), workspace, x, weight, out, None,
                                                        counter(1, device))
-    weight, index = torch.zeros(8448, 128, dtype=dtype, device=device), torch.zeros(60, dtype=torch.int32, device=device)
+    weight, index = torch.zeros(MANY, 128, dtype=dtype, device=device), torch.zeros(60, dtype=torch.int32, device=device)
     logits = partial(linear.norm_linear_out, index=index)
-    yield "norm logits", logits, (scaled(64, 128, dtype, device), weight, 1e-5, torch.empty(60, 8448, device=device))
+    yield "norm logits", logits, (scaled(64, 128, dtype, device), weight, 1e-5, torch.empty(60, MANY, device=device))
 
 
 def quantised(kind, N, K, device):
@@ -188,7 +190,7 @@ def linear_quantized(device, dtype):
     """The ops of the room, and the fused ones of others with these weights: what a GPU without fp8 cannot compile has it in its name."""
     from gkernels.kernels import gate_up, linear, linear_quantized, qkv
     tensor = lambda *shape, dtype=dtype: torch.zeros(shape, dtype=dtype, device=device)
-    for T, N, K, fp8, int4 in ((1, 8448, 512, "row", 128), (60, 8448, 512, "block", 32), (1, 3072, 512, "block", 256), (60, 3072, 512, "row", 128),
+    for T, N, K, fp8, int4 in ((1, MANY, 512, "row", 128), (60, MANY, 512, "block", 32), (1, 3072, 512, "block", 256), (60, 3072, 512, "row", 128),
                                (1, 64, 256, "row", 256), (300, 24, 384, "block", 128), (3, 5, 40, "row", 40)):
         rest = tensor(T, N), tensor(N), counter(1, device)
         yield f"fp8 T{T} N{N} K{K // 2}", linear_quantized.linear_fp8_out, (tensor(T, K // 2), *quantised(f"fp8 {fp8}", N, K // 2, device), *rest)
@@ -198,8 +200,8 @@ def linear_quantized(device, dtype):
         norm, left = tensor(1024), scaled(T, 1024, dtype, device)
         yield f"{kind} residual T{T}", split, (partial(linear.linear_residual, norm=norm, scaled=left), workspace, tensor(T, 2048),
                                                quantised(kind, 1024, 2048, device), tensor(T, 1024), None, n)
-        yield f"{kind} gate_up T{T}", gate_up.norm_gate_up_out, (scaled(T, 512, dtype, device), quantised(kind, 8448, 512, device), 1e-5,
-                                                                 tensor(T, 4224), None, n)
+        yield f"{kind} gate_up T{T}", gate_up.norm_gate_up_out, (scaled(T, 512, dtype, device), quantised(kind, MANY, 512, device), 1e-5,
+                                                                 tensor(T, MANY // 2), None, n)
         places = tensor(T, dtype=torch.int32), tensor(33, 128, dtype=torch.float32), torch.arange(T, device=device)
         given = scaled(T, 2048, dtype, device), quantised(kind, 512, 2048, device), 1e-5, *places, *tensor(2, 4, 16, 1, 128), tensor(T, 2, 128)
         yield f"{kind} qkv T{T}", split, (qkv.norm_qkv, workspace, *given, None, norm[:128], norm[:128], n)
