@@ -33,14 +33,17 @@ def _bad_ids(ids, mask, V: tl.constexpr):
 
 
 @triton.jit
-def _ban(x, offs_v, ids_ptr, is_on, V: tl.constexpr, N: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr):
-    """-inf for the tokens among N ids. Also tells whether an id is bad."""
-    offs_n = tl.arange(0, BLOCK_N)
-    ids, first = tl.load(ids_ptr + offs_n, offs_n < N, other=-1), tl.min(offs_v, 0)
-    if is_on & (tl.max(((ids >= first) & (ids < first + CHUNK)).to(tl.int32), 0) == 1):
-        for i in range(0, N):
-            x = tl.where(offs_v == tl.load(ids_ptr + i), -_INF, x)
-    return x, _bad_ids(ids, offs_n < N, V)
+def _meets(ids, chunk, CHUNK: tl.constexpr):
+    """Whether one of the ids is a token of the chunk."""
+    return tl.max(((ids >= chunk * CHUNK) & (ids < chunk * CHUNK + CHUNK)).to(tl.int32), 0) == 1
+
+
+@triton.jit
+def _ban(x, offs_v, ids_ptr, N: tl.constexpr):
+    """-inf for the tokens among N ids."""
+    for i in range(0, N):
+        x = tl.where(offs_v == tl.load(ids_ptr + i), -_INF, x)
+    return x
 
 
 @triton.jit
@@ -84,18 +87,15 @@ def _adjust_kernel(
         if not IN_PLACE:
             tl.store(out, tl.zeros((CHUNK,), out_ptr.dtype.element_ty), mask)
         return
-    plain = tl.load(logits_ptr + row64 * stride_lr + offs_v, mask, other=0.0).to(tl.float32)
-    x, is_bad = plain, False
     line = tl.load(slots_ptr + row).to(tl.int64) if HAS_SLOTS else row64
+    off = row < 0                                                                  # what a group that does not exist is
+    is_bad, is_biased, is_penalised, is_masked, is_banned, is_stopped = off, off, off, off, off, off
     if HAS_BIAS:
         offs_b = tl.arange(0, BLOCK_B)
         ids = tl.load(bias_ids_ptr + row * B + offs_b, offs_b < B, other=-1)
         bias = tl.load(bias_ptr + row * B + offs_b, offs_b < B, other=0.0)
         is_bad = is_bad | _bad_ids(ids, offs_b < B, V) | (tl.max(((ids >= 0) & ((tl.abs(bias) < _INF) == 0)).to(tl.int32), 0) == 1)
-        if tl.max(((ids >= chunk * CHUNK) & (ids < chunk * CHUNK + CHUNK)).to(tl.int32), 0) == 1:
-            for i in range(0, B):
-                value, _ = _good_penalty(tl.load(bias_ptr + row * B + i), 0.0)
-                x = tl.where(offs_v == tl.load(bias_ids_ptr + row * B + i), x + value, x)
+        is_biased = _meets(ids, chunk, CHUNK)
     if HAS_PENALTIES:
         repetition, good_repetition = _good_penalty(tl.load(repetition_ptr + row), 1.0)
         presence, good_presence = _good_penalty(tl.load(presence_ptr + row), 0.0)
@@ -103,7 +103,35 @@ def _adjust_kernel(
         good_repetition = good_repetition & (repetition > 0.0)
         repetition = tl.where(repetition > 0.0, repetition, 1.0)
         is_bad = is_bad | ((good_repetition & good_presence & good_frequency) == 0)
-        if (repetition != 1.0) | (presence != 0.0) | (frequency != 0.0):
+        is_penalised = (repetition != 1.0) | (presence != 0.0) | (frequency != 0.0)
+    if HAS_ALLOWED:
+        offs_w = chunk * (CHUNK // 32) + tl.arange(0, CHUNK // 32)                 # [CHUNK / 32]
+        known_words = (offs_w * 32 < V) & (line >= 0) & (line < allowed_lines)
+        words = tl.load(allowed_ptr + line * stride_ar + offs_w, known_words, other=-1)
+        is_masked = tl.min((words == -1).to(tl.int32), 0) == 0
+    if HAS_BANNED:
+        offs_n = tl.arange(0, BLOCK_W)
+        ids = tl.load(banned_ptr + row * W + offs_n, offs_n < W, other=-1)
+        is_bad = is_bad | _bad_ids(ids, offs_n < W, V)
+        is_banned = _meets(ids, chunk, CHUNK)
+    if HAS_STOP:
+        offs_s = tl.arange(0, BLOCK_S)
+        ids = tl.load(stop_ptr + row * S + offs_s, offs_s < S, other=-1)
+        is_bad = is_bad | _bad_ids(ids, offs_s < S, V)
+        is_stopped = (tl.load(generated_ptr + row) < tl.load(min_tokens_ptr + row)) & _meets(ids, chunk, CHUNK)
+    if (chunk == 0) & is_bad:
+        tl.store(status_ptr + row, tl.load(status_ptr + row) | _BAD_OPTION)
+    if IN_PLACE:                                                                   # most chunks of most rows, whose logits stay unread
+        if (is_biased | is_penalised | is_masked | is_banned | is_stopped) == 0:
+            return
+    x = tl.load(logits_ptr + row64 * stride_lr + offs_v, mask, other=0.0).to(tl.float32)
+    if HAS_BIAS:
+        if is_biased:
+            for i in range(0, B):
+                value, _ = _good_penalty(tl.load(bias_ptr + row * B + i), 0.0)
+                x = tl.where(offs_v == tl.load(bias_ids_ptr + row * B + i), x + value, x)
+    if HAS_PENALTIES:
+        if is_penalised:
             known = mask & (line >= 0) & (line < lines)
             count = tl.maximum(tl.load(counts_ptr + line * stride_cr + offs_v, known, other=0), 0)
             prompt = (tl.load(prompt_ptr + line * stride_pr + offs_v // 32, known, other=0) >> (offs_v % 32)) & 1
@@ -111,24 +139,16 @@ def _adjust_kernel(
             x = tl.where(seen, tl.where(x > 0.0, x / repetition, x * repetition), x)
             x = x - frequency * count.to(tl.float32) - tl.where(count > 0, presence, 0.0)
     if HAS_ALLOWED:
-        offs_w = chunk * (CHUNK // 32) + tl.arange(0, CHUNK // 32)                 # [CHUNK / 32]
-        known = (offs_w * 32 < V) & (line >= 0) & (line < allowed_lines)
-        words = tl.load(allowed_ptr + line * stride_ar + offs_w, known, other=-1)
-        if tl.min((words == -1).to(tl.int32), 0) == 0:                             # most rows have no grammar, and leave a bit a token unread
+        if is_masked:                                                              # else the bits of each token stay unread
             bit = (tl.load(allowed_ptr + line * stride_ar + offs_v // 32, mask, other=0) >> (offs_v % 32)) & 1
             x = tl.where(bit != 0, x, -_INF)
     if HAS_BANNED:
-        x, is_bad_id = _ban(x, offs_v, banned_ptr + row * W, True, V, W, BLOCK_W, CHUNK)
-        is_bad = is_bad | is_bad_id
+        if is_banned:
+            x = _ban(x, offs_v, banned_ptr + row * W, W)
     if HAS_STOP:
-        is_early = tl.load(generated_ptr + row) < tl.load(min_tokens_ptr + row)
-        x, is_bad_id = _ban(x, offs_v, stop_ptr + row * S, is_early, V, S, BLOCK_S, CHUNK)
-        is_bad = is_bad | is_bad_id
-    if IN_PLACE:                                                                   # chunks that nothing touched are not written again
-        mask = mask & (tl.max(((x == plain) == 0).to(tl.int32), 0) == 1)
+        if is_stopped:
+            x = _ban(x, offs_v, stop_ptr + row * S, S)
     tl.store(out, x.to(out_ptr.dtype.element_ty), mask)
-    if (chunk == 0) & is_bad:
-        tl.store(status_ptr + row, tl.load(status_ptr + row) | _BAD_OPTION)
 
 
 @dataclass(frozen=True)
