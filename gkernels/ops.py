@@ -19,6 +19,7 @@ from .kernels import attention as _attention
 from .kernels import embedding as _embedding
 from .kernels import expand as _expand
 from .kernels import gate_up as _gate_up
+from .kernels import head as _head
 from .kernels import linear as _linear
 from .kernels import linear_quantized as _linear_quantized
 from .kernels import logprobs as _logprobs
@@ -34,6 +35,7 @@ from .kernels.advance import ERROR, LENGTH, STOP, State
 from .kernels.attention import Workspace
 from .kernels.attention import tiling as attention_tiling
 from .kernels.expand import Rows
+from .kernels.head import Workspace as HeadWorkspace
 from .kernels.linear import MOST_TOKENS, Scaled
 from .kernels.linear import Workspace as ProductWorkspace
 from .kernels.linear_quantized import Quantized, check_fp8, pack_awq, pack_gptq
@@ -252,24 +254,25 @@ def add_rmsnorm(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, e
 
 
 def _sample_tensors(logits, temperature, top_k, top_p, min_p, seed, position, seq_lens, status, scores, partials, counts, state, list_x, list_ids,
-                    groups, out, typical_p=None, probs=None):
+                    groups, out, typical_p=None, probs=None, keeps=None):
     workspace = SamplingWorkspace(scores, partials, counts, state, list_x, list_ids, groups)
-    sampling.sample_out(logits, temperature, top_k, top_p, min_p, seed, position, seq_lens, status, workspace, out, typical_p, probs)
+    sampling.sample_out(logits, temperature, top_k, top_p, min_p, seed, position, seq_lens, status, workspace, out, typical_p, probs, keeps)
 
 
 _sample_op = _register(
     "sample_out(Tensor logits, Tensor temperature, Tensor top_k, Tensor top_p, Tensor min_p, Tensor seed, Tensor position, Tensor seq_lens, "
     "Tensor(a!) status, Tensor(b!) scores, Tensor(c!) partials, Tensor(d!) counts, Tensor(e!) state, Tensor(f!) list_x, Tensor(g!) list_ids, "
-    "Tensor(h!) groups, Tensor(i!) out, Tensor? typical_p=None, Tensor(j!)? probs=None) -> ()", _sample_tensors)
+    "Tensor(h!) groups, Tensor(i!) out, Tensor? typical_p=None, Tensor(j!)? probs=None, Tensor? keeps=None) -> ()", _sample_tensors)
 
 
 def sample_out(logits: torch.Tensor, temperature: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, min_p: torch.Tensor,
                seed: torch.Tensor, position: torch.Tensor, seq_lens: torch.Tensor, status: torch.Tensor, workspace: SamplingWorkspace,
-               out: torch.Tensor, typical_p: torch.Tensor | None = None, probs: torch.Tensor | None = None) -> None:
+               out: torch.Tensor, typical_p: torch.Tensor | None = None, probs: torch.Tensor | None = None,
+               keeps: torch.Tensor | None = None) -> None:
     """Writes one token a row to `out` and ors flags into `status`: see gkernels.kernels.sampling. The registered op takes the workspace's tensors."""
     w = workspace
     _sample_op(logits, temperature, top_k, top_p, min_p, seed, position, seq_lens, status, w.scores, w.partials, w.counts, w.state, w.list_x,
-               w.list_ids, w.groups, out, typical_p, probs)
+               w.list_ids, w.groups, out, typical_p, probs, keeps)
 
 
 def sample(logits: torch.Tensor, temperature: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, min_p: torch.Tensor, seed: torch.Tensor,
@@ -279,6 +282,28 @@ def sample(logits: torch.Tensor, temperature: torch.Tensor, top_k: torch.Tensor,
     out, workspace = torch.empty(R, dtype=torch.int32, device=logits.device), SamplingWorkspace.allocate(R, V, logits.device)
     sample_out(logits, temperature, top_k, top_p, min_p, seed, position, seq_lens, status, workspace, out, typical_p)
     return out
+
+
+def _draw_tensors(x, squares, weight, eps, temperature, seed, position, seq_lens, status, tops, top_ids, scores, score_ids, out, bias=None,
+                  index=None, keeps=None, logits=None, weight_scale=None):
+    _head.draw_out(Scaled(x, squares), _weight(weight, weight_scale), eps, temperature, seed, position, seq_lens, status,
+                   HeadWorkspace(tops, top_ids, scores, score_ids), out, bias, index, keeps, logits)
+
+
+_draw_op = _register(
+    "draw_out(Tensor x, Tensor squares, Tensor weight, float eps, Tensor temperature, Tensor seed, Tensor position, Tensor seq_lens, "
+    "Tensor(a!) status, Tensor(b!) tops, Tensor(c!) top_ids, Tensor(d!) scores, Tensor(e!) score_ids, Tensor(f!) out, Tensor? bias=None, "
+    "Tensor? index=None, Tensor? keeps=None, Tensor(g!)? logits=None, Tensor? weight_scale=None) -> ()", _draw_tensors)
+
+
+def draw_out(scaled: Scaled, weight: torch.Tensor | Quantized, eps: float, temperature: torch.Tensor, seed: torch.Tensor, position: torch.Tensor,
+             seq_lens: torch.Tensor, status: torch.Tensor, workspace: HeadWorkspace, out: torch.Tensor, bias: torch.Tensor | None = None,
+             index: torch.Tensor | None = None, keeps: torch.Tensor | None = None, logits: torch.Tensor | None = None) -> None:
+    """Writes one token a row, and the logits of rows that keep them: see gkernels.kernels.head. The registered op takes the fields of `scaled`, of
+    the workspace and of a quantised weight."""
+    stored, weight_scale = _stored(weight)
+    _draw_op(*scaled, stored, eps, temperature, seed, position, seq_lens, status, *vars(workspace).values(), out, bias, index, keeps, logits,
+             weight_scale)
 
 
 def _adjust_tensors(logits, seq_lens, status, out, *adjustments):
@@ -438,10 +463,10 @@ def attention_out(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor,
 
 
 __all__ = ["BAD_LENGTH", "BAD_OPTION", "BAD_PAGE", "ERROR", "LENGTH", "MAX_R", "MOST_HEAD_DIM", "MOST_TOKENS", "NO_TOKEN", "STOP", "Adjustments",
-           "Logprobs", "LogprobsWorkspace", "NgramWorkspace", "Probabilities", "ProductWorkspace", "Quantized", "Rows", "SamplingWorkspace", "Scaled",
-           "Schedule", "State", "Tiling", "VerifyWorkspace", "Workspace", "add_rmsnorm", "add_rmsnorm_out", "adjust_", "adjust_out", "advance",
-           "attention", "attention_out", "attention_tiling", "check_adjustments", "check_fp8", "check_options", "cos_sin_table", "embedding",
-           "embedding_out", "expand_out", "kv_write", "linear", "linear_fp8", "linear_fp8_out", "linear_int4", "linear_int4_out", "linear_out",
-           "linear_residual", "logprobs_out", "merge", "merge_out", "ngram_out", "norm_gate_up", "norm_gate_up_out", "norm_linear_out", "norm_qkv",
-           "pack_awq", "pack_gptq", "rmsnorm", "rmsnorm_out", "rotary", "rotary_kv_write", "rotary_out", "sample", "sample_out", "scale", "schedule",
-           "schedule_out", "silu_and_mul", "silu_and_mul_out", "verify_out"]
+           "HeadWorkspace", "Logprobs", "LogprobsWorkspace", "NgramWorkspace", "Probabilities", "ProductWorkspace", "Quantized", "Rows",
+           "SamplingWorkspace", "Scaled", "Schedule", "State", "Tiling", "VerifyWorkspace", "Workspace", "add_rmsnorm", "add_rmsnorm_out", "adjust_",
+           "adjust_out", "advance", "attention", "attention_out", "attention_tiling", "check_adjustments", "check_fp8", "check_options",
+           "cos_sin_table", "draw_out", "embedding", "embedding_out", "expand_out", "kv_write", "linear", "linear_fp8", "linear_fp8_out",
+           "linear_int4", "linear_int4_out", "linear_out", "linear_residual", "logprobs_out", "merge", "merge_out", "ngram_out", "norm_gate_up",
+           "norm_gate_up_out", "norm_linear_out", "norm_qkv", "pack_awq", "pack_gptq", "rmsnorm", "rmsnorm_out", "rotary", "rotary_kv_write",
+           "rotary_out", "sample", "sample_out", "scale", "schedule", "schedule_out", "silu_and_mul", "silu_and_mul_out", "verify_out"]

@@ -256,6 +256,19 @@ def sample(logits, temperature, top_k, top_p, min_p, seed, position, seq_lens, s
 
 
 @room
+def head(device, dtype):
+    from gkernels.kernels import head, linear
+    for R, V, K, kind in ((1, 300, 100, None), (1, MANY, 128, None), (60, MANY, 128, None), (60, 3072, 256, "int4 128"), (60, 3072, 256, "fp8 row")):
+        weight = torch.zeros(V, K, dtype=dtype, device=device) if kind is None else quantised(kind, V, K, device)
+        rows, ints = linear.Scaled.empty(R, K, dtype, device, splits=True), torch.ones(4, R, dtype=torch.int32, device=device)
+        workspace, zeros = head.Workspace.allocate(R, V, dtype, device), torch.zeros(2, R, dtype=torch.int32, device=device)
+        given = torch.ones(R, device=device), zeros[0].long(), *ints[:3], workspace
+        case = f"{kind or ''} R{R} V{V} K{K}".strip()
+        yield case, head.draw_out, (rows, weight, 1e-5, *given, ints[3])
+        yield f"{case} keeps", head.draw_out, (rows, weight, 1e-5, *given, ints[3], None, *zeros, torch.empty(R, V, device=device))
+
+
+@room
 def adjust(device, dtype):
     from gkernels.kernels import adjust
     for V in (300, 5008):

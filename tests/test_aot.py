@@ -64,7 +64,7 @@ def allowed_spills(row):
 
 
 def needs_fp8(case):
-    return case.startswith("linear_quantized.fp8") or case == "attention.G4 D64 features.bfloat16"
+    return case.startswith(("linear_quantized.fp8", "head.fp8")) or case == "attention.G4 D64 features.bfloat16"
 
 
 def assert_nothing_dropped(rows):
@@ -137,7 +137,7 @@ def assert_waits(rows):
 
 def test_overlapping_nodes_wait_first(report):
     rows = [row for row in report["kernels"] if "early" in row]
-    kernels = {"_attention_kernel", "_linear_kernel", "_norm_gate_up_kernel", "_norm_qkv_kernel"}
+    kernels = {"_attention_kernel", "_head_kernel", "_linear_kernel", "_norm_gate_up_kernel", "_norm_qkv_kernel"}
     assert {row["kernel"] for row in rows if row["target"] == "sm_90"} == kernels
     assert not [row for row in rows if row["target"] in ("sm_80", "gfx942")]
     assert_waits(rows)

@@ -82,6 +82,15 @@ def halves(x):
     return scaled
 
 
+def drawing(x, rows=None, weight=None):
+    """The head over all tokens, or over so many rows."""
+    rows, weight = rows or T, x.head if weight is None else weight
+    ints, workspace = (lambda value: x.out(rows, dtype=torch.int32) + value), ops.HeadWorkspace.allocate(rows, len(weight), x.x.dtype, x.ids.device)
+    for t in vars(workspace).values():
+        t.zero_()                                              # of rows that keep their logits nothing is written
+    return *halves(x), weight, 1e-5, x.out(rows) + 0.8, ints(3).long(), ints(5), ints(5), ints(0), *vars(workspace).values(), ints(0)
+
+
 def adjustments(x):
     ints = lambda *shape: x.out(*shape, dtype=torch.int32)
     return ops.Adjustments(ints(R, 2) + 3, x.out(R, 2) + 1.5, x.out(R) + 2.0, x.out(R) + 0.5, x.out(R) + 0.5, ints(9, V) + 1, ints(9, 2),
@@ -161,6 +170,9 @@ CASES = {   # case: the inputs -> the positional and the keyword arguments of th
     "norm_linear_out": lambda x: ((*halves(x), x.head, 1e-5, x.out(T, V)), {}),
     "norm_linear_out split": lambda x: ((*halves(x), x.head, 1e-5, x.out(T, V), x.bias, x.n), products(x)),
     "norm_linear_out gather": lambda x: ((*halves(x), x.head, 1e-5, x.out(R, V)), dict(index=x.plan.last_token)),
+    "draw_out": lambda x: (drawing(x), {}),
+    "draw_out keeps": lambda x: (drawing(x), dict(keeps=x.ids % 2, logits=x.out(T, V))),
+    "draw_out gather int4": lambda x: (drawing(x, R, packed(x)[1]), dict(index=x.plan.last_token, weight_scale=packed(x)[2])),
     "linear_residual": lambda x: ((x.x, x.head[:HIDDEN], x.residual), {}),
     "linear_residual split": lambda x: ((x.x, x.head[:HIDDEN], x.residual, x.bias[:HIDDEN], x.n), products(x)),
     "linear_residual norm": lambda x: ((x.x, x.head[:HIDDEN], x.residual), dict(
@@ -194,6 +206,8 @@ CASES = {   # case: the inputs -> the positional and the keyword arguments of th
     "sample_out named": lambda x: ((x.logits, *x.options, x.plan.status, *sampling_workspace(x)), dict(out=x.out(R, dtype=torch.int32))),
     "sample_out typical probs": lambda x: ((x.logits, *x.options, x.plan.status, *sampling_workspace(x), x.out(R, dtype=torch.int32)),
                                            dict(typical_p=torch.full_like(x.lse[:R, 0, 0], 0.9), probs=x.out(*x.logits.shape))),
+    "sample_out keeps": lambda x: ((x.logits, *x.options, x.plan.status, *sampling_workspace(x), x.out(R, dtype=torch.int32)),
+                                   dict(keeps=x.seq_lens % 2)),
     "adjust_out": lambda x: ((x.logits, x.seq_lens, x.plan.status, x.out(*x.logits.shape), *vars(adjustments(x)).values()), {}),
     "adjust_out banned": lambda x: ((x.logits.half(), x.seq_lens, x.plan.status, x.out(*x.logits.shape)), dict(banned_ids=x.seq_lens[:, None])),
     "adjust_": lambda x: ((x.logits, x.seq_lens, x.plan.status, *vars(adjustments(x)).values()), {}),
@@ -257,7 +271,7 @@ def test_fakes_equal_real_outputs(device, case):
 
 
 WITH_RECORDS = ("schedule_out", "attention_out", "sample_out", "adjust_out", "adjust_", "advance", "ngram_out", "expand_out", "verify_out",
-                "logprobs_out", "scale", "norm_linear_out", "linear_residual", "norm_gate_up_out",
+                "logprobs_out", "scale", "norm_linear_out", "draw_out", "linear_residual", "norm_gate_up_out",
                 "norm_qkv")                                                              # their faces take dataclasses: see below
 
 
@@ -292,7 +306,8 @@ def test_attention_face_equals_registered_op(device, case):
         assert_same(got, want)
 
 
-@pytest.mark.parametrize("case", ["scale pads", "norm_linear_out", "norm_linear_out split", "norm_linear_out gather", "linear_residual split",
+@pytest.mark.parametrize("case", ["scale pads", "norm_linear_out", "norm_linear_out split", "norm_linear_out gather", "draw_out keeps",
+                                  "draw_out gather int4", "linear_residual split",
                                   "linear_residual norm", "norm_gate_up_out bias", "norm_qkv split norms", "norm_linear_out int4",
                                   "linear_residual fp8", "norm_gate_up_out int4", "norm_qkv fp8"])
 def test_product_faces_equal_registered_ops(device, case):
@@ -306,6 +321,8 @@ def test_product_faces_equal_registered_ops(device, case):
         given[:2] = [ops.Scaled(*given[:2])]
     elif "scaled_x" in options:
         options["scaled"] = ops.Scaled(options.pop("scaled_x"), options.pop("squares"))
+    if name == "draw_out":
+        given[8:12] = [ops.HeadWorkspace(*given[8:12])]
     if "partials" in options:
         options["workspace"] = ops.ProductWorkspace(options.pop("partials"), options.pop("counters"))
     if "weight_scale" in options:                            # the weight comes second

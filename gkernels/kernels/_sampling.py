@@ -69,7 +69,7 @@ def _put_cut(state, cut):
 
 
 @triton.jit(do_not_specialize_on_alignment=["temperature_ptr", "top_k_ptr", "top_p_ptr", "min_p_ptr", "typical_p_ptr", "seed_ptr", "position_ptr",
-                                            "seq_lens_ptr", "status_ptr", "out_ptr"])
+                                            "seq_lens_ptr", "keeps_ptr", "status_ptr", "out_ptr"])
 def first_kernel(
     logits_ptr,        # [R, V]
     temperature_ptr,   # [R]
@@ -80,6 +80,7 @@ def first_kernel(
     seed_ptr,          # [R] int64
     position_ptr,      # [R] int32
     seq_lens_ptr,      # [R] int32
+    keeps_ptr,         # [R] int32: 0 for rows to be left alone; None for none
     status_ptr,        # [R] int32, read and written
     out_ptr,           # [R] int32
     scores_ptr,        # [R, CHUNKS, 2] float64: a chunk's greatest logit and greatest score
@@ -93,6 +94,11 @@ def first_kernel(
 ):
     chunk, row = tl.program_id(0) % CHUNKS, tl.program_id(0) // CHUNKS
     state = state_ptr + row * _STATE
+    if keeps_ptr is not None:
+        if tl.load(keeps_ptr + row) == 0:
+            if chunk == 0:
+                tl.store(state, _DONE)
+            return
     if tl.load(seq_lens_ptr + row) <= 0:
         if chunk == 0:
             tl.store(out_ptr + row, -1)

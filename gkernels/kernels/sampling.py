@@ -100,9 +100,10 @@ def _check_logits(logits):
 
 def sample_out(logits: torch.Tensor, temperature: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, min_p: torch.Tensor,
                seed: torch.Tensor, position: torch.Tensor, seq_lens: torch.Tensor, status: torch.Tensor, workspace: Workspace, out: torch.Tensor,
-               typical_p: torch.Tensor | None = None, probs: torch.Tensor | None = None) -> None:
+               typical_p: torch.Tensor | None = None, probs: torch.Tensor | None = None, keeps: torch.Tensor | None = None) -> None:
     """Writes one token a row to `out`, ors flags into `status`, and where `probs` is given writes to it what the tokens were drawn from: the kept
-    tokens' probabilities, 1 at a greedy token, zeros where there is no token. Shapes: see the module. Raises ValueError or TypeError on a misfit."""
+    tokens' probabilities, 1 at a greedy token, zeros where there is no token. Rows whose `keeps`, int32 [R], is 0 are left alone: `head` has drawn
+    their tokens. Shapes: see the module. Raises ValueError or TypeError on a misfit."""
     op, (R, V) = "sample", _check_logits(logits)
     c, device = config(R, V), logits.device
     for name, t, dtype in (("temperature", temperature, torch.float32), ("top_k", top_k, torch.int32), ("top_p", top_p, torch.float32),
@@ -112,6 +113,9 @@ def sample_out(logits: torch.Tensor, temperature: torch.Tensor, top_k: torch.Ten
         _check.tensor(op, name, t, (R,), (dtype,), device, aligned=False)
     if typical_p is not None:
         _check.tensor(op, "typical_p", typical_p, (R,), (torch.float32,), device, aligned=False)
+    if keeps is not None:
+        _check.tensor(op, "keeps", keeps, (R,), (torch.int32,), device, aligned=False)
+    _check.require(keeps is None or probs is None, op, "keeps", "probs too", "one of them: rows left alone have no probabilities here")
     for name, (shape, dtype) in Workspace.fields(V).items():
         t = getattr(workspace, name)
         _check.tensor(op, f"workspace.{name}", t, (None, *shape), (dtype,), device, dense=1 + len(shape))
@@ -125,8 +129,8 @@ def sample_out(logits: torch.Tensor, temperature: torch.Tensor, top_k: torch.Ten
     cut = dict(V=V, CHUNKS=chunks, BLOCK=c.BLOCK, HAS_TYPICAL=typical_p is not None, num_warps=c.num_warps)
     passes, merged, lists = cut | dict(CHUNK=c.CHUNK), dict(BLOCK_C=triton.next_power_of_2(chunks)), dict(CAPACITY=c.CAPACITY)
     room = dict(ROOM=c.CAPACITY + RANKED)
-    first_kernel[(chunks * R,)](logits, *options, seed, position, seq_lens, status, out, w.scores, w.partials, w.counts, w.state, w.groups, stride,
-                                GROUPS=groups, BLOCK_G=triton.next_power_of_2(groups), **passes, **merged, **lists, **_check.registers(128))
+    first_kernel[(chunks * R,)](logits, *options, seed, position, seq_lens, keeps, status, out, w.scores, w.partials, w.counts, w.state, w.groups,
+                                stride, GROUPS=groups, BLOCK_G=triton.next_power_of_2(groups), **passes, **merged, **lists, **_check.registers(128))
     reach_kernel[(chunks * R,)](logits, *options, w.partials, w.counts, w.state, w.groups, w.list_x, w.list_ids, stride, GROUPS=groups, **passes,
                                 **merged, **lists, **room, **_check.registers(128))
     draw_kernel[(chunks * R,)](logits, *options, seed, position, w.scores, w.partials, w.counts, w.state, w.list_x, w.list_ids, stride, **passes,
