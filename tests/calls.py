@@ -258,7 +258,8 @@ def sample(logits, temperature, top_k, top_p, min_p, seed, position, seq_lens, s
 @room
 def head(device, dtype):
     from gkernels.kernels import head, linear
-    for R, V, K, kind in ((1, 300, 100, None), (1, MANY, 128, None), (60, MANY, 128, None), (60, 3072, 256, "int4 128"), (60, 3072, 256, "fp8 row")):
+    for R, V, K, kind in ((1, 300, 100, None), (1, MANY, 128, None), (60, MANY, 128, None), (60, 3072, 256, "int4 128"),
+                          (60, MANY, 256, "fp8 row"), (300, 528, 128, None)):
         weight = torch.zeros(V, K, dtype=dtype, device=device) if kind is None else quantised(kind, V, K, device)
         rows, ints = linear.Scaled.empty(R, K, dtype, device, splits=True), torch.ones(4, R, dtype=torch.int32, device=device)
         workspace, zeros = head.Workspace.allocate(R, V, dtype, device), torch.zeros(2, R, dtype=torch.int32, device=device)
