@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import reference.adjust as twin
+from gkernels.graph import interpreter
 from gkernels.kernels import adjust as room
 from tests.close import assert_close, assert_same
 from tests.strategies import dtypes, randn, seeds, strided
@@ -54,6 +55,34 @@ def test_in_place_is_the_same_rounded_once(device, seed, dtype, V, chosen):
     want[1] = logits[1]
     room.adjust_out(logits, options, lens, status, logits)
     assert_same(logits, want)
+
+
+TOKEN = 2100                                                # in the second chunk of three
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="looks at the CPU interpreter")
+@pytest.mark.parametrize("groups", [{"bias_ids": [TOKEN], "bias": [1.5]}, {"allowed": None}, {"banned_ids": [TOKEN]},
+                                    {"stop_ids": [TOKEN], "min_tokens": 1, "generated": 0}], ids=lambda groups: next(iter(groups)))
+def test_chunks_that_nothing_touches_stay_unread(groups):
+    """In place, a token of one row: only its chunk of its row is read or written."""
+    V, none = 5000, {"bias_ids": -1, "bias": 0.0, "banned_ids": -1, "stop_ids": -1, "min_tokens": 0, "generated": 0}
+    given = {}
+    for name, value in groups.items():
+        if name == "allowed":
+            given[name] = torch.full((R, -(-V // 32)), -1, dtype=torch.int32)
+            given[name][1, TOKEN // 32] &= ~(1 << TOKEN % 32)
+        else:
+            value = torch.tensor(value, dtype=torch.float32 if name == "bias" else torch.int32)
+            given[name] = torch.full((R, *value.shape), none[name], dtype=value.dtype)
+            given[name][1] = value
+    logits, (lens, status) = torch.zeros(R, V), rows("cpu")
+    with interpreter.accesses() as launches:
+        room.adjust_out(logits, room.Adjustments(**given), lens, status, logits)
+    chunk, touched = room.config(V).CHUNK, torch.zeros(R, V, dtype=torch.bool)
+    touched[1, TOKEN // chunk * chunk:][:chunk] = True
+    assert logits[1, TOKEN] != 0
+    for seen in (launches[0].read("logits_ptr"), launches[0].written("logits_ptr")):
+        assert_same(torch.as_tensor(seen), touched)
 
 
 def check_rows_are_their_own(adjust, device, seed):

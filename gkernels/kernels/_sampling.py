@@ -7,7 +7,6 @@ A row's last program to arrive in `first` or `reach` settles it for the next pas
   reach   where few tokens may be kept, these are listed; else the tokens in each of BINS bins are counted, which bounds where the prefix ends
   draw    tokens above the bins where the prefix may end compete where they are read, and those in them are listed; nothing where `reach` listed
   select  one program a row finds the end in the list, or in the whole row where the list cannot hold it, and draws
-  probs   where asked for, the kept tokens' probabilities
 """
 
 import triton
@@ -32,7 +31,7 @@ _GROUP, _SHORT_K, _LINEAR = tl.constexpr(GROUP), tl.constexpr(SHORT_K), tl.const
 
 
 @triton.jit
-def _options(row, options, V: tl.constexpr, HAS_TYPICAL: tl.constexpr):
+def options_of(row, options, V: tl.constexpr, HAS_TYPICAL: tl.constexpr):
     """temperature, top_k (V where off), top_p, min_p, typical_p of a row, those out of range switched off, and whether none was."""
     temperature, top_k, top_p = tl.load(options[0] + row), tl.load(options[1] + row), tl.load(options[2] + row)
     min_p, typical_p = tl.load(options[3] + row), tl.load(options[4] + row) if HAS_TYPICAL else 1.0
@@ -53,7 +52,7 @@ def _merge(scores_ptr, partials_ptr, row, which: tl.constexpr, V: tl.constexpr, 
 
 
 @triton.jit
-def _sum_of(partials_ptr, row, which: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_C: tl.constexpr):
+def sum_of(partials_ptr, row, which: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_C: tl.constexpr):
     offs_c = tl.arange(0, BLOCK_C)
     return tl.sum(tl.load(partials_ptr + (row * CHUNKS + offs_c) * 3 + which, offs_c < CHUNKS, other=0, cache_modifier=".cg"), 0)
 
@@ -105,7 +104,7 @@ def first_kernel(
             tl.store(state, _DONE)
         return
     options = (temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, typical_p_ptr)
-    temperature, top_k, top_p, min_p, typical_p, good = _options(row, options, V, HAS_TYPICAL)
+    temperature, top_k, top_p, min_p, typical_p, good = options_of(row, options, V, HAS_TYPICAL)
     cuts, keeps_few = (top_k < V) | (top_p < 1.0) | (typical_p < 1.0), (top_k <= _SHORT_K) & (top_k <= GROUPS // 4)
     may_be_short = (keeps_few | (top_k == V)) & (typical_p == 1.0)
     draws_here = (temperature > 0.0) & (cuts == 0) & (min_p == 0.0)
@@ -185,7 +184,7 @@ def reach_kernel(
     if (mode != _COUNT) & (mode != _SHORT):
         return
     options = (temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, typical_p_ptr)
-    temperature, top_k, top_p, _, typical_p, _ = _options(row, options, V, HAS_TYPICAL)
+    temperature, top_k, top_p, _, typical_p, _ = options_of(row, options, V, HAS_TYPICAL)
     if mode == _SHORT:
         lists = row.to(tl.int64) * ROOM
         list_reached(row_ptr, groups_ptr + row * 2 * GROUPS, list_x_ptr + lists, list_ids_ptr + lists, counts_ptr + _BINS + 2, top, temperature, one,
@@ -209,9 +208,9 @@ def reach_kernel(
             counts = tl.load(counts_ptr + bins, cache_modifier=".cg")
             tl.debug_barrier()                                                     # the threads that clear bins are not those that read them
             tl.store(counts_ptr + bins, tl.zeros((_BINS,), tl.int32))
-            total = _sum_of(partials_ptr, row, 0, CHUNKS, BLOCK_C).to(tl.float32) * 2.3283064365386963e-10
-            far = _sum_of(partials_ptr, row, 1, CHUNKS, BLOCK_C).to(tl.float32) * 2.3283064365386963e-10
-            near = _sum_of(partials_ptr, row, 2, CHUNKS, BLOCK_C).to(tl.float32) * 2.3283064365386963e-10
+            total = sum_of(partials_ptr, row, 0, CHUNKS, BLOCK_C).to(tl.float32) * 2.3283064365386963e-10
+            far = sum_of(partials_ptr, row, 1, CHUNKS, BLOCK_C).to(tl.float32) * 2.3283064365386963e-10
+            near = sum_of(partials_ptr, row, 2, CHUNKS, BLOCK_C).to(tl.float32) * 2.3283064365386963e-10
             # Where top_k is off, more than there are, so that no bin is its end
             first, last, k_bin, k_left, listed = bounds_of(counts, near, far, total, scale, offset, tl.where(top_k < V, top_k, V + 1),
                                                            top_p, typical_p < 1.0)
@@ -236,7 +235,7 @@ def draw_kernel(
     if tl.load(state) != _LIST:
         return
     options = (temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, typical_p_ptr)
-    temperature, _, _, min_p, _, _ = _options(row, options, V, HAS_TYPICAL)
+    temperature, _, _, min_p, _, _ = options_of(row, options, V, HAS_TYPICAL)
     seed, position = tl.load(seed_ptr + row), tl.load(position_ptr + row)
     key, standing, top = key_at(seed, position), nobody(V, BLOCK), tl.load(state + 1).to(tl.float32, bitcast=True)
     first, last, k_bin = tl.load(state + 2), tl.load(state + 3), tl.load(state + 4)
@@ -284,7 +283,7 @@ def select_kernel(
     mode, top, count, k_left, k_bin = tl.load(state), tl.load(state + 1), tl.load(counter), tl.load(state + 5), tl.load(state + 4)
     known = (tl.load(state + 15).to(tl.int64) << 32) | (tl.load(state + 14).to(tl.int64) & 0xFFFFFFFF)
     options = (temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, typical_p_ptr)
-    temperature, top_k, top_p, min_p, typical_p, _ = _options(row, options, V, HAS_TYPICAL)
+    temperature, top_k, top_p, min_p, typical_p, _ = options_of(row, options, V, HAS_TYPICAL)
     seed, position = tl.load(seed_ptr + row), tl.load(position_ptr + row)
     if mode == _DONE:
         return
@@ -295,7 +294,7 @@ def select_kernel(
     has_k = (top_k < V) & (is_row | tl.where(is_short, count > top_k, k_bin < _BINS))          # else fewer tokens than top_k have a logit
     sure, beyond, score, token = tl.full((), 0, tl.int64), tl.full((), 0, tl.int64), tl.full((), -_INF, tl.float64), tl.full((), V, tl.int32)
     if mode == _LIST:
-        sure, beyond = _sum_of(partials_ptr, row, 0, CHUNKS, BLOCK_C), _sum_of(partials_ptr, row, 2, CHUNKS, BLOCK_C)
+        sure, beyond = sum_of(partials_ptr, row, 0, CHUNKS, BLOCK_C), sum_of(partials_ptr, row, 2, CHUNKS, BLOCK_C)
         score, token = _merge(scores_ptr, partials_ptr, row, 1, V, CHUNKS, BLOCK_C)
     lists = row.to(tl.int64) * ROOM
     list_x_ptr, list_ids_ptr = list_x_ptr + lists, list_ids_ptr + lists
@@ -318,38 +317,3 @@ def select_kernel(
             score, token = better(score, token, *first_best(scores(x, ids, kept, temperature, seed, position), ids, V))
     tl.store(out_ptr + row, token)
     _put_cut(state, cut)
-
-
-@triton.jit(do_not_specialize_on_alignment=["temperature_ptr", "top_k_ptr", "top_p_ptr", "min_p_ptr", "typical_p_ptr", "seq_lens_ptr", "out_ptr"])
-def probs_kernel(
-    logits_ptr, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, typical_p_ptr, seq_lens_ptr, out_ptr,               # as in first_kernel
-    partials_ptr,      # [R, CHUNKS, 3]: the first is the chunk's kept mass, stored by the first launch for the second
-    state_ptr,
-    probs_ptr,         # [R, V]
-    stride_lr, stride_pr,
-    V: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_C: tl.constexpr, HAS_TYPICAL: tl.constexpr,
-    IS_SECOND: tl.constexpr,
-):
-    chunk, row = tl.program_id(0) % CHUNKS, tl.program_id(0) // CHUNKS
-    state = state_ptr + row * _STATE
-    options = (temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, typical_p_ptr)
-    temperature, _, _, min_p, _, _ = _options(row, options, V, HAS_TYPICAL)
-    is_live, top, token = tl.load(seq_lens_ptr + row) > 0, tl.load(state + 1).to(tl.float32, bitcast=True), tl.load(out_ptr + row)
-    is_drawn, mean = is_live & (temperature > 0.0) & (tl.abs(top) < _INF), tl.load(state + 9).to(tl.float32, bitcast=True)
-    cut = (tl.load(state + 7), tl.load(state + 8), min_p, mean, tl.load(state + 10), tl.load(state + 11))
-    total, sums = tl.full((), 1, tl.int64), tl.zeros((BLOCK,), tl.int64)
-    if IS_SECOND:
-        total = tl.maximum(_sum_of(partials_ptr, row, 0, CHUNKS, BLOCK_C), 1)
-    for at in tl.range(chunk * CHUNK, chunk * CHUNK + CHUNK, BLOCK):
-        if is_drawn:
-            ids, x = tile_at(logits_ptr + row.to(tl.int64) * stride_lr, at, V, BLOCK)
-            z = scaled(x, top, temperature)
-            mass = tl.where(kept_of(ids, x, z, cut, HAS_TYPICAL), mass_of(z), 0)
-        else:                                                                      # all on the token; nothing where there is none
-            ids = at + tl.arange(0, BLOCK)
-            mass = ((ids == token) & is_live).to(tl.int64)
-        if IS_SECOND:
-            tl.store(probs_ptr + row.to(tl.int64) * stride_pr + ids, (mass.to(tl.float64) / total.to(tl.float64)).to(tl.float32), ids < V)
-        sums += mass
-    if not IS_SECOND:
-        tl.store(partials_ptr + (row * CHUNKS + chunk) * 3, tl.sum(sums, 0))

@@ -24,8 +24,9 @@ import triton
 
 from . import _check
 from ._sampling import BAD_OPTION as BAD_OPTION
-from ._sampling import BINS, GROUP, STATE, draw_kernel, first_kernel, probs_kernel, reach_kernel, select_kernel
+from ._sampling import BINS, GROUP, STATE, draw_kernel, first_kernel, reach_kernel, select_kernel
 from ._sampling import NO_TOKEN as NO_TOKEN
+from ._sampling_probs import probs_kernel
 
 MULTIPROCESSORS = 132                                 # of an H100 or H200
 LEAST_CHUNK = 1024                                    # tokens
