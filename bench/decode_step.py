@@ -52,6 +52,7 @@ class Case:
 
 CASES = [Case("llama-3.2-1b", 1, 1024), Case("llama-3.2-1b", 16, 1024), Case("llama-3.2-1b", 64, 1024),
          Case("llama-3.2-1b", 1, 1024, "", "top-k 50 top-p 0.9", Sampling(temperature=1.0, top_k=50, top_p=0.9)), Case("llama-3.1-8b", 1, 1024),
+         Case("llama-3.1-8b", 16, 1024), Case("llama-3.1-8b", 16, 4096), Case("llama-3.1-8b", 64, 1024),
          *(Case("llama-3.1-8b", batch, 1024, weights) for weights in SCHEMES for batch in (1, 16))]
 
 

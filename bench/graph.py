@@ -26,11 +26,13 @@ from gkernels.model.cache import PagedCache
 from gkernels.model.config import PRESETS, LlamaConfig
 from gkernels.model.llama import Llama
 from gkernels.model.load import random_weights
+from gkernels.model.sampling import Sampling
 from gkernels.model.step import Row, Step
 
 MODEL, PAGE, CONTEXT, REQUESTS, MOST, STEPS = "llama-3.2-1b", 16, 128, 32, 2048, 2000
 LIVE = (1, 33, 129, 513, 2048)
 LAUNCHES = 10
+GREEDY = Sampling()
 
 
 def batch(n, context=CONTEXT, requests=REQUESTS):
@@ -39,7 +41,7 @@ def batch(n, context=CONTEXT, requests=REQUESTS):
     lens.append(n - len(lens))
     pages = iter(range(1, 1 + sum(-(-max(context, tokens) // PAGE) for tokens in lens)))
     own = [[next(pages) for _ in range(-(-max(context, tokens) // PAGE))] for tokens in lens]
-    return [Row([17 + i] * tokens, max(context, tokens), its) for i, (tokens, its) in enumerate(zip(lens, own, strict=True))]
+    return [Row([17 + i] * tokens, max(context, tokens), its, GREEDY) for i, (tokens, its) in enumerate(zip(lens, own, strict=True))]
 
 
 def trace(steps=STEPS, most=MOST, requests=REQUESTS, seed=0):

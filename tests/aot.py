@@ -83,7 +83,7 @@ def cuda_report(asm):
             "registers": int(re.search(r"Used (\d+) registers", log)[1]),
             "spills": sum(int(n) for n in re.findall(r"(\d+) bytes spill (?:stores|loads)", log)),
             "local": len(re.findall(r"\b(?:ld|st)\.local", ptx)),
-            "wide": len(WIDE.findall(ptx)), "narrow": len(NARROW.findall(ptx))}
+            "wgmma": ptx.count("wgmma.mma_async"), "wide": len(WIDE.findall(ptx)), "narrow": len(NARROW.findall(ptx))}
 
 
 def dropped_products(cubin):

@@ -17,7 +17,7 @@ OTHERS = ["sm_80:float32,bfloat16", "sm_100:float32,bfloat16", "sm_120:float32,b
 # Debts, in bytes: what waits in local memory while a tile of attention is computed, and int4 in float32, which is for checks, where one scale
 # serves all eight nibbles of a word. No case may grow.
 MIXED, INT4, WHOLE = "attention.G16 D256 mixed", "linear_quantized.int4 T3 N5 K40.float32", "linear_quantized.int4 T1 N64 K256.float32"
-SPILLS = {"sm_80": {MIXED: 144, INT4: 48}, "sm_90": {"attention.G4 D128 mixed": 24, MIXED: 88, WHOLE: 8, INT4: 88},
+SPILLS = {"sm_80": {MIXED: 144, INT4: 48}, "sm_90": {"attention.G4 D128 mixed": 24, MIXED: 88, WHOLE: 16},
           "sm_100": {MIXED: 124, INT4: 88}, "sm_120": {MIXED: 104, INT4: 96}, "gfx942": {}}
 SCHEDULE_SPILLS = 8                              # on sm_80
 NO_FP8 = "sm_80"                                 # that generation has no such conversion
@@ -134,6 +134,21 @@ def assert_waits(rows):
     """No kernel that may start early touches memory, or may end, before it has waited for the node ahead."""
     early = [f"{label(row)}: {', '.join(row['early'])} before griddepcontrol.wait" for row in rows if row.get("early")]
     assert not early, "\n".join(early)
+
+
+def assert_one_instruction(rows, wgmma):
+    """All tiles of a kind of weight have the same instruction, whose sums have bits of their own."""
+    others = [f"{label(row)}: {row['wgmma']} wgmma" for row in rows if bool(row["wgmma"]) != wgmma]
+    assert rows and not others, "\n".join(others)
+
+
+def test_converted_weights_take_one_instruction_on_hopper(report):
+    fused = [row for row in report["kernels"] if row["target"] == "sm_90" and "float32" not in row["case"]
+             and row["kernel"] in ("_linear_kernel", "_norm_gate_up_kernel", "_norm_qkv_kernel")]
+    converted = [row for row in fused if row["case"].startswith("linear_quantized.")]
+    assert_one_instruction(converted, wgmma=False)
+    with pytest.raises(AssertionError, match="wgmma"):
+        assert_one_instruction(fused, wgmma=False)
 
 
 def test_overlapping_nodes_wait_first(report):

@@ -230,6 +230,67 @@ def test_nothing_reaches_the_device_before_upload(device):
     assert buffers["x"].tolist() == [5, 0]
 
 
+def check_rest(kind, device, names, rounds):
+    """A field that is not staged between two uploads holds what it held."""
+    buffers, known = kind({name: Field((2,)) for name in names}, device), {name: [0, 0] for name in names}
+    for staged in rounds:
+        for name, values in staged.items():
+            buffers.stage(name, values)
+            known[name] = values
+        buffers.upload()
+        assert {name: buffers[name].tolist() for name in names} == known
+
+
+@given(st.lists(st.dictionaries(st.sampled_from("abc"), st.lists(st.integers(1, 99), min_size=2, max_size=2)), min_size=1, max_size=6))
+def test_what_is_not_staged_stays(device, rounds):
+    check_rest(StaticBuffers, device, "abc", rounds)
+
+
+def test_a_block_that_forgets_the_other_is_caught(device):
+    class Forgets(StaticBuffers):
+        def upload(self):
+            self._staged.update(self.fields)
+            super().upload()
+
+    with pytest.raises(AssertionError):
+        check_rest(Forgets, device, "ab", [{"a": [1, 2]}, {"b": [3, 4]}])
+
+
+def test_a_row_that_is_too_long_changes_nothing(device):
+    buffers = StaticBuffers({"table": Field((2, 2))}, device)
+    buffers.stage("table", [[1, 2], [3]])
+    with pytest.raises(ValueError, match="table: got a row of 3, expected at most 2"):
+        buffers.stage("table", [[4], [5, 6, 7]])
+    buffers.upload()
+    assert buffers["table"].tolist() == [[1, 2], [3, 0]]
+
+
+class OneBlock(StaticBuffers):
+    """Writes where an upload may still read."""
+
+    def __init__(self, fields, device):
+        super().__init__(fields, device)
+        self._staging[1], self._hosts[1] = self._staging[0], self._hosts[0]
+
+    def wait(self):
+        pass
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind, seen", [(StaticBuffers, 2), (OneBlock, 3)])
+def test_the_next_batch_is_staged_while_the_device_is_busy(kind, seen):
+    buffers = kind({"x": Field((1,))}, "cuda")
+    torch.cuda.synchronize()
+    torch.cuda._sleep(200_000_000)
+    buffers.stage("x", [2])
+    buffers.upload()
+    first = buffers["x"].clone()
+    buffers.stage("x", [3])
+    assert not torch.cuda.current_stream().query(), "staging waited for the device"
+    buffers.upload()
+    assert (first.item(), buffers["x"].item()) == (seen, 3)
+
+
 def test_arrays_stage_like_lists(device):
     buffers = StaticBuffers({"starts": Field((5,), pad="last"), "table": Field((3, 4))}, device)
     buffers.stage("starts", np.cumsum([0, 2, 3]))

@@ -337,6 +337,7 @@ def test_workspaces_hold_every_model(monkeypatch, device):
     monkeypatch.setattr("gkernels.kernels._product.capability", lambda: 90)
     monkeypatch.setattr("gkernels.kernels._check.can_run", lambda device: True)
     workspace = room.Workspace.allocate(device)
+    device = workspace.partials.device
     for kind in (Kind("plain"), Kind("fp8 block"), Kind("int4", 32), Kind("int4", 128)):
         for N in (1024, 2048, 4096, 5120, 8192, 16384):
             for T in (1, 16, 17, 40, 64):

@@ -1,13 +1,15 @@
 """Static buffers: the tensors whose addresses a graph bakes in, filled from the host by one copy a step.
 
-All fields lie in one block of device memory and in one pinned block of the same layout on the host. A step writes the host side, pads the
-rest with each field's pad value, and `upload()` copies the block once.
+All fields lie in one block of device memory and in two pinned blocks of the same layout on the host, which take turns: a step writes one, pads
+the rest with each field's pad value, and `upload()` copies the block once. The next step writes the other, while the device may still be busy
+with the step before, behind which the copy waits.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from math import prod
 
 import numpy as np
@@ -29,7 +31,7 @@ class StaticBuffers:
     ALIGNMENT = 256   # bytes: as cudaMalloc aligns, so that every view keeps its loads vectors
 
     def __init__(self, fields: dict[str, Field], device: torch.device | str):
-        self.fields, self.device, self._host = fields, torch.device(device), {}
+        self.fields, self.device = fields, torch.device(device)
         offsets, size = {}, 0
         for name, field in fields.items():
             if field.pad == "last" and len(field.shape) != 1:
@@ -38,17 +40,23 @@ class StaticBuffers:
             bytes_ = prod(field.shape) * field.dtype.itemsize
             size += -(-bytes_ // self.ALIGNMENT) * self.ALIGNMENT
         on_gpu = self.device.type == "cuda"
-        self._staging = torch.zeros(size, dtype=torch.uint8, pin_memory=on_gpu)
+        self._staging = [torch.zeros(size, dtype=torch.uint8, pin_memory=on_gpu) for _ in range(2)]
         self._block = torch.zeros(size, dtype=torch.uint8, device=self.device)
-        self._views, self._in_flight = {}, False
-        self._uploaded = torch.cuda.Event() if on_gpu else None
-        for name, field in fields.items():
-            cut = slice(offsets[name], offsets[name] + prod(field.shape) * field.dtype.itemsize)
-            self._views[name] = self._block[cut].view(field.dtype).view(field.shape)
-            self._host[name] = self._staging[cut].view(field.dtype).view(field.shape).numpy()
+        self._uploaded = [torch.cuda.Event(blocking=True) if on_gpu else None for _ in range(2)]    # whose wait leaves the processor to others
+        self._in_flight, self._turn, self._is_sent = [False, False], 0, False
+        self._staged: set[str] = set()                 # since the last upload
+        cut = {name: slice(offsets[name], offsets[name] + prod(field.shape) * field.dtype.itemsize) for name, field in fields.items()}
+        fit = lambda block: {name: block[cut[name]].view(field.dtype).view(field.shape) for name, field in fields.items()}
+        self._views, self._hosts = fit(self._block), [{name: view.numpy() for name, view in fit(block).items()} for block in self._staging]
+        for name in fields:
             self.stage(name, ())
         self.addresses = {name: view.data_ptr() for name, view in self._views.items()}
         self.upload()
+
+    @property
+    def _host(self):
+        """The block that was staged last."""
+        return self._hosts[self._turn]
 
     def __getitem__(self, name: str) -> torch.Tensor:
         return self._views[name]
@@ -56,33 +64,43 @@ class StaticBuffers:
     def stage(self, name: str, values: Sequence | np.ndarray) -> None:
         """Writes `values` to the front of the field on the host and its pad value behind them. Rows of a 2-D field may be shorter than the
         field: they too are padded. Raises ValueError if they do not fit."""
-        field, host = self.fields[name], self._host[name]
-        self.wait()
-        if len(values) > len(host):
-            raise ValueError(f"gkernels.graph.StaticBuffers: {name}: got {len(values)} rows, expected at most {len(host)}")
-        last = values[-1] if field.pad == "last" and len(values) else 0
-        host[len(values):] = last if field.pad == "last" else field.pad
+        if self._is_sent:
+            self._turn, self._is_sent = 1 - self._turn, False
+            self.wait()
+        field, host, n = self.fields[name], self._host[name], len(values)
+        if n > len(host):
+            raise ValueError(f"gkernels.graph.StaticBuffers: {name}: got {n} rows, expected at most {len(host)}")
         if host.ndim == 1:
-            host[:len(values)] = values
-            return
-        for row, line in zip(host, values, strict=False):
-            if len(line) > len(row):
-                raise ValueError(f"gkernels.graph.StaticBuffers: {name}: got a row of {len(line)}, expected at most {len(row)}")
-            row[:len(line)] = line
-            row[len(line):] = field.pad
+            host[:n] = values
+            host[n:] = field.pad if field.pad != "last" else values[-1] if n else 0
+        else:
+            lens = np.fromiter(map(len, values), np.int64, n)
+            if n and lens.max() > host.shape[1]:
+                raise ValueError(f"gkernels.graph.StaticBuffers: {name}: got a row of {lens.max()}, expected at most {host.shape[1]}")
+            host[:] = field.pad
+            if lens.any():                             # all rows at once: a row by itself costs 3 us
+                host[:n][np.arange(host.shape[1]) < lens[:, None]] = np.fromiter(chain.from_iterable(values), host.dtype, lens.sum())
+        self._staged.add(name)
 
     def upload(self) -> None:
-        """Copies everything staged to the device, on the current stream, without waiting for it."""
-        self._block.copy_(self._staging, non_blocking=True)
-        if self._uploaded is not None:
-            self._uploaded.record()
-            self._in_flight = True
+        """Copies everything staged to the device, on the current stream, without waiting for it. A field that was not staged since the last upload
+        stays as it is."""
+        if not self._is_sent:
+            for name in self.fields.keys() - self._staged:
+                np.copyto(self._host[name], self._hosts[1 - self._turn][name])
+            self._staged.clear()
+        self._block.copy_(self._staging[self._turn], non_blocking=True)
+        self._is_sent, uploaded = True, self._uploaded[self._turn]
+        if uploaded is not None:
+            uploaded.record()
+            self._in_flight[self._turn] = True
 
     def wait(self) -> None:
-        """Returns once the last upload has left the pinned block. `stage` calls it, so that no copy reads what the next step writes."""
-        if self._uploaded is not None and self._in_flight:
-            self._uploaded.synchronize()
-            self._in_flight = False
+        """Returns once no upload reads the block staged last. `stage` calls it for the block it turns to, so that no copy reads what it writes."""
+        uploaded = self._uploaded[self._turn]
+        if uploaded is not None and self._in_flight[self._turn]:
+            uploaded.synchronize()
+            self._in_flight[self._turn] = False
 
     def check_addresses(self) -> None:
         """Raises RuntimeError if a buffer moved since it was made: a graph would go on reading the old place."""

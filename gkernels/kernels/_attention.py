@@ -63,10 +63,10 @@ def _attention_kernel(
                stride_ar, stride_ks, stride_vs)
     extents = (T, R, W, N, left, right)
     if C.AHEAD:
-        cuda.gdc_launch_dependents()
         if not C.HAS_TALL:                                                        # beside tall tiles it gains nothing, and 16 bytes more spill
             ask_ahead(tl.program_id(0), runs_at, inputs, strides, extents, C)
         cuda.gdc_wait()
+        cuda.gdc_launch_dependents()
     if C.HAS_TALL:
         num_items = tl.load(work_ptr) * C.K
         ticket = num_items

@@ -49,6 +49,7 @@ class Tile(NamedTuple):
     BLOCK_K: int
     SPLITS: int               # parts of a tile's K
     SERIAL: bool              # one program makes all of them; else each has its own
+    ONE: bool                 # tile of rows of x, whose programs fetch pads too, rather than wait 0.65 us for the number of live rows
     STEPS: int                # blocks of K a program
     EVEN: bool                # no tile passes N or K
     LINES: int                # of 128 bytes that a program asks of each of its weight rows before it waits; 0 where it cannot
@@ -65,8 +66,8 @@ class Tile(NamedTuple):
     def options(self) -> dict[str, int]:
         overlap = {"launch_pdl": True} if self.LINES else {}
         # 255 registers, or sm_80 spills at 72; but on Hopper, which does not, the node of q, k and v would take 218 instead of 79. There converted
-        # weights do in float32, at 128, and in tiles of 16 rows, at 48
-        is_free = capability() // 10 == 9 and (self.KIND == "plain" or (self.PACKED and self.BLOCK_N > 16))
+        # weights spill, at 48 in tiles of 16 rows, at 168 beside 32 tokens
+        is_free = capability() // 10 == 9 and self.KIND == "plain"
         return dict(num_warps=self.num_warps, num_stages=self.num_stages) | overlap | ({} if is_free else _check.registers(255))
 
 
@@ -125,7 +126,7 @@ def tile(T: int, N: int, K: int, dtype: torch.dtype, splits: bool, group: tuple[
     STEPS, arch = triton.cdiv(triton.cdiv(K, BLOCK_K), SPLITS), capability()
     lines = min(STEPS * kind.bytes(1, BLOCK_K, dtype), AHEAD_BYTES) // 128
     is_even = N == BLOCK_N * TILES and K == BLOCK_K * SPLITS * STEPS
-    return Tile(N, K, TILES, BLOCK_M, BLOCK_N, BLOCK_K, SPLITS, SPLITS > 1 and T > MOST_TOKENS, STEPS, is_even,
+    return Tile(N, K, TILES, BLOCK_M, BLOCK_N, BLOCK_K, SPLITS, SPLITS > 1 and T > MOST_TOKENS, T <= BLOCK_M, STEPS, is_even,
                 1 << (lines.bit_length() - 1) if overlaps() and lines else 0, kind.name, kind.group, kind.row(K),
                 arch > 0 and dtype != torch.float32, num_warps, num_stages)
 
@@ -146,15 +147,6 @@ def _block(T, K, dtype, splits, BLOCK_N, TILES, kind):
     """(BLOCK_M, BLOCK_K, SPLITS, num_warps, num_stages)"""
     half, arch = dtype != torch.float32, capability()
     hopper = half and arch // 10 == 9
-    if T > MOST_TOKENS:
-        # Two sums: a head of 128 with norms spills beside 64 rows on Hopper, sm_80 spills at 64 and gfx942 at 32
-        widest = (MOST_ROWS if kind == PLAIN and BLOCK_N <= 64 else 64) if hopper else 32 if arch else 16
-    else:
-        widest = 64 if half and arch != 100 else 32     # sm_100 spills beside 64 rows' squares
-    # Sums of several groups at once: 64 rows spill 424 bytes on sm_80; and on gfx942 32 rows spill beside converted weights
-    if (kind.name == "int4" and kind.group < 128) or (kind != PLAIN and not arch):
-        widest = min(widest, 32) if arch else 16
-    BLOCK_M = max(min(triton.next_power_of_2(T), widest if BLOCK_N <= 64 else widest // 2), 16)
     # Tiles of 128 x 128 spill but on Hopper, which reads them from shared memory
     BLOCK_K = next((b for b in (128, 64) if K % b == 0 and half and (b * BLOCK_N <= 8192 or hopper)), 32 if half or BLOCK_N < 128 else 16)
     BLOCK_K = _int4.BLOCK if kind.name == "int4" else BLOCK_K
@@ -162,15 +154,38 @@ def _block(T, K, dtype, splits, BLOCK_N, TILES, kind):
     SPLITS, most = 1, MULTIPROCESSORS if kind == PLAIN else 2 * MULTIPROCESSORS
     while splits and SPLITS < MOST_SPLITS and TILES * SPLITS * 2 <= most and K >= BLOCK_K * SPLITS * 4:
         SPLITS *= 2
+    if hopper and kind != PLAIN:
+        return _converting(T, dtype, splits, BLOCK_N, BLOCK_K, TILES, SPLITS, kind)
+    if T > MOST_TOKENS:
+        # Two sums: a head of 128 with norms spills beside 64 rows on Hopper, sm_80 spills at 64 and gfx942 at 32
+        widest = (MOST_ROWS if BLOCK_N <= 64 else 64) if hopper else 32 if arch else 16
+    else:
+        widest = 64 if half and arch != 100 else 32     # sm_100 spills beside 64 rows' squares
+    # Sums of several groups at once: 64 rows spill 424 bytes on sm_80; and on gfx942 32 rows spill beside converted weights
+    if (kind.name == "int4" and kind.group < 128) or (kind != PLAIN and not arch):
+        widest = min(widest, 32) if arch else 16
+    BLOCK_M = max(min(triton.next_power_of_2(T), widest if BLOCK_N <= 64 else widest // 2), 16)
     # 4 spill where two sums are held. Never fewer: 2 get mma.sync, whose sums have other bits than wgmma's
     num_warps = 8 if (BLOCK_N == 128 and not hopper) or T > MOST_TOKENS else 4
-    shared, stage = SHARED_BYTES.get(arch, LEAST_SHARED_BYTES), BLOCK_M * BLOCK_K * dtype.itemsize + kind.bytes(BLOCK_N, BLOCK_K, dtype)
-    programs = triton.cdiv(T, BLOCK_M) * TILES * SPLITS
-    if hopper and kind.name == "int4" and programs > 2 * MULTIPROCESSORS:   # three at a time on each
-        shared = max(shared // 3, min(3 * stage, shared))
-    elif programs > MULTIPROCESSORS:                # two, where the half holds 3 stages of 64 tokens
+    shared = SHARED_BYTES.get(arch, LEAST_SHARED_BYTES)
+    stage = BLOCK_M * BLOCK_K * dtype.itemsize + kind.bytes(BLOCK_N, BLOCK_K, dtype)
+    if triton.cdiv(T, BLOCK_M) * TILES * SPLITS > MULTIPROCESSORS:         # two, where the half holds 3 stages of 64 tokens
         shared = max(shared // 2, LEAST_SHARED_BYTES if arch else 0, min(3 * stage, shared))
     return BLOCK_M, BLOCK_K, SPLITS, num_warps, max(min(shared // stage, MOST_STAGES), 2)
+
+
+def _converting(T, dtype, splits, BLOCK_N, BLOCK_K, TILES, SPLITS, kind):
+    """_block of weights that Hopper converts. wgmma would take them product by product; mma.sync does not, and Triton takes it for 8 tokens, and for
+    any number where a program has 2 warps. All rows get it, since its sums have other bits than wgmma's."""
+    # 64 tokens spill, as 32 do beside several groups' sums or the sums of all splits
+    widest = 32 >> (kind.name == "int4" and kind.group < 128) + (splits and T > MOST_TOKENS) + (BLOCK_N > 64)
+    BLOCK_M = max(min(triton.next_power_of_2(T), widest), 8)
+    num_warps = 4 if BLOCK_M == 8 and (kind.name != "int4" or BLOCK_N > 64) else 2
+    stage = BLOCK_M * BLOCK_K * dtype.itemsize + kind.bytes(BLOCK_N, BLOCK_K, dtype)
+    # Programs that share a multiprocessor. Beside one or two of them the next node's find room; of three or four none finds a fifth and runs late
+    resident = min(triton.cdiv(triton.cdiv(T, BLOCK_M) * TILES * SPLITS, MULTIPROCESSORS), 4)
+    num_stages = 1 + SHARED_BYTES[90] // (resident if resident > 2 else 2 * resident) // stage
+    return BLOCK_M, BLOCK_K, SPLITS, num_warps, max(min(num_stages, MOST_STAGES), 3)
 
 
 def check_scaled(op: str, name: str, scaled: Scaled, T: int | None, K: int | None, dtypes: tuple[torch.dtype, ...],
@@ -212,10 +227,9 @@ def _ask(addresses):
 
 @triton.jit
 def enter(weight_ptr, scale_ptr, rows, split, C: tl.constexpr):
-    """Lets the next node start, asks the L2 for the first lines of the weight rows [BLOCK_N] (int64) and their groups' constants, and waits for
-    the node before."""
+    """Asks the L2 for the first lines of the weight rows [BLOCK_N] (int64) and their groups' constants, waits for the node before, and lets the next
+    one start: not sooner, or nodes further on take the places of this one's programs, which then pile up on some multiprocessors."""
     if C.LINES:
-        cuda.gdc_launch_dependents()
         PER_LINE: tl.constexpr = 1024 // weight_ptr.dtype.element_ty.primitive_bitwidth
         COLUMNS: tl.constexpr = 8 if C.KIND == "int4" else 1                               # in an element of the weight
         known, offs = tl.minimum(rows, C.N - 1), split * (C.STEPS * C.BLOCK_K // COLUMNS) + tl.arange(0, C.LINES) * PER_LINE
@@ -225,6 +239,7 @@ def enter(weight_ptr, scale_ptr, rows, split, C: tl.constexpr):
             groups = split * C.STEPS * C.BLOCK_K // C.GROUP + tl.arange(0, GROUPS)
             _ask(scale_ptr + (tl.minimum(groups, C.K // C.GROUP - 1)[:, None] * C.N + known[None, :]))
         cuda.gdc_wait()
+        cuda.gdc_launch_dependents()
 
 
 @triton.jit

@@ -40,17 +40,18 @@ def _norm_gate_up_kernel(
     # [HALF, BLOCK_M]
     out = out_ptr + offs_m.to(tl.int64)[None, :] * stride_ot + offs_f[:, None]
     mask_out = (offs_f < F)[:, None] & (offs_m < T)[None, :]
-    live = T
+    live, mask_x = T, offs_m < T
     if num_tokens_ptr is not None:
         live = tl.minimum(tl.load(num_tokens_ptr), T)
-        if pid_m * C.BLOCK_M >= live:
-            tl.store(out, tl.full((HALF, BLOCK_M), 0, out_ptr.dtype.element_ty), mask_out)
-            return
-    mask_live = offs_m < live
-    squares = _product.load_squares(squares_ptr, offs_m, mask_live, PARTS)
-    acc = _product.sums(x_ptr, weight_ptr, scale_ptr, rows, offs_m, mask_live, stride_xt, split, (T >> 31).to(tl.float32), C)
+        if not C.ONE:
+            if pid_m * C.BLOCK_M >= live:
+                tl.store(out, tl.full((HALF, BLOCK_M), 0, out_ptr.dtype.element_ty), mask_out)
+                return
+            mask_x = offs_m < live
+    squares = _product.load_squares(squares_ptr, offs_m, mask_x, PARTS)
+    acc = _product.sums(x_ptr, weight_ptr, scale_ptr, rows, offs_m, mask_x, stride_xt, split, (T >> 31).to(tl.float32), C)
     gate, up = _product.halves(_product.normed(acc, squares, bias_ptr, rows, eps, C), C)
-    out_tile = tl.where(mask_live[None, :], gate / (1.0 + tl.exp(-gate)) * up, 0.0)
+    out_tile = tl.where((offs_m < live)[None, :], gate / (1.0 + tl.exp(-gate)) * up, 0.0)
     tl.store(out, out_tile.to(out_ptr.dtype.element_ty), mask_out)
 
 

@@ -49,28 +49,29 @@ def _linear_kernel(
     mask_out = (offs_n < C.N)[:, None] & (offs_m < T)[None, :]
     if norm_ptr is not None:
         scaled = scaled_ptr + offs_m.to(tl.int64)[None, :] * stride_st + offs_n[:, None]
-    live = T
+    live, mask_x, rows_x = T, offs_m < T, offs_m
     if num_tokens_ptr is not None:
         live = tl.minimum(tl.load(num_tokens_ptr), T)
-        if pid_m * C.BLOCK_M >= live:
-            zeros = tl.full((C.BLOCK_N, C.BLOCK_M), 0, out_ptr.dtype.element_ty)
-            tl.store(out, zeros, mask_out & (split == 0))
-            if norm_ptr is not None:
-                tl.store(scaled, zeros, mask_out & (split == 0))
-            return
-    mask_live, rows_x = offs_m < live, offs_m
+        if not C.ONE:
+            if pid_m * C.BLOCK_M >= live:
+                zeros = tl.full((C.BLOCK_N, C.BLOCK_M), 0, out_ptr.dtype.element_ty)
+                tl.store(out, zeros, mask_out & (split == 0))
+                if norm_ptr is not None:
+                    tl.store(scaled, zeros, mask_out & (split == 0))
+                return
+            mask_x = offs_m < live
     if index_ptr is not None:
-        rows_x = tl.load(index_ptr + offs_m, mask_live, other=-1)
-        is_missing, mask_live = rows_x >= X, mask_live & (rows_x >= 0) & (rows_x < X)
+        rows_x = tl.load(index_ptr + offs_m, mask_x, other=-1)
+        mask_x &= (rows_x >= 0) & (rows_x < X)
     if IS_RESIDUAL:             # early, though only the tile's last program needs it: a load from L2 takes as long as the sums of a small product
-        residual = tl.load(out, mask_out & mask_live[None, :], other=0.0).to(tl.float32)
+        residual = tl.load(out, mask_out & mask_x[None, :], other=0.0).to(tl.float32)
     if squares_ptr is not None:
-        squares = _product.load_squares(squares_ptr, rows_x, mask_live, PARTS)
+        squares = _product.load_squares(squares_ptr, rows_x, mask_x, PARTS)
     rows, zero = offs_n.to(tl.int64), (T >> 31).to(tl.float32)
     if C.SERIAL:
-        acc = _product.serial_sums(x_ptr, weight_ptr, scale_ptr, rows, rows_x, mask_live, stride_xt, zero, C)
+        acc = _product.serial_sums(x_ptr, weight_ptr, scale_ptr, rows, rows_x, mask_x, stride_xt, zero, C)
     else:
-        acc = _product.sums(x_ptr, weight_ptr, scale_ptr, rows, rows_x, mask_live, stride_xt, split, zero, C)
+        acc = _product.sums(x_ptr, weight_ptr, scale_ptr, rows, rows_x, mask_x, stride_xt, split, zero, C)
         if C.SPLITS > 1:
             if not _product.leave(acc, partials_ptr, counters_ptr, tile, split, C):
                 return
@@ -81,9 +82,10 @@ def _linear_kernel(
         acc += tl.load(bias_ptr + offs_n, offs_n < C.N, other=0.0).to(tl.float32)[:, None]
     if IS_RESIDUAL:
         acc += residual
+    mask_live = mask_x & (offs_m < live)
     acc = tl.where(mask_live[None, :], acc, 0.0)
     if index_ptr is not None:
-        acc = tl.where(is_missing[None, :], float("nan"), acc)
+        acc = tl.where(((rows_x >= X) & (offs_m < live))[None, :], float("nan"), acc)
     rounded = acc.to(out_ptr.dtype.element_ty)
     tl.store(out, rounded, mask_out)
     if norm_ptr is not None:

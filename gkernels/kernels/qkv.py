@@ -6,9 +6,9 @@ scaled: x = row * norm [T, K] with any row stride, and the rows' squares (see _p
 then v), which may be Quantized (see _quantized), bias [(H + 2 KV) D] or None, q_norm and k_norm [D] or None, positions int32 [T], cos_sin float32
 [L, rotary_dim], slot_mapping int64 [T], caches [N, P, KV, D] -> q_out [T, H, D].
 The pairs of a head are (d, d + rotary_dim / 2); dimensions past rotary_dim are copied. float32 from the product on, one cast at each store.
-Graph-safe: the grid and the tiles depend on T, K and the heads only; rows at or past num_tokens[0] are zeros in q_out, are never read, and
-write to no slot, and neither does a slot outside the cache. A position outside the table gives NaN in q and k.
-Batch-invariant: a program holds one head, see _product. Beyond MOST_TOKENS rows rmsnorm, linear and rotary_kv_write apart are faster.
+Graph-safe: the grid and the tiles depend on T, K and the heads only; rows at or past num_tokens[0] are zeros in q_out, change nothing,
+and write to no slot, and neither does a slot outside the cache. A position outside the table gives NaN in q and k.
+Batch-invariant: a program holds one head or a part of it, see _product. Beyond MOST_TOKENS rows rmsnorm, linear and rotary_kv_write apart are faster.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from ._quantized import PLAIN, Kind, Quantized, check_weight
 from .kv_cache import locate_slot
 
 MAX_D = 128               # wider heads spill
+MOST_ROWS = 64            # of a tile, unless norms need a whole head
 
 
 @triton.jit
@@ -59,11 +60,14 @@ def _norm_qkv_kernel(
     BLOCK_M: tl.constexpr = C.BLOCK_M
     HALF: tl.constexpr = C.BLOCK_N // 2
     REST: tl.constexpr = (D - 2 * ROTARY + 1) // 2          # what is not rotated lies in pairs too, of which the last may be half a pair
-    pid_m, head, split, tile = _product.place(T, C)
-    offs_m, offs_n, pair = pid_m * C.BLOCK_M + tl.arange(0, C.BLOCK_M), tl.arange(0, C.BLOCK_N), tl.arange(0, HALF)
-    # [BLOCK_N]: the first of each pair of the head, then the second
-    column = offs_n % HALF + tl.where(offs_n % HALF < ROTARY, offs_n // HALF * ROTARY, ROTARY + offs_n // HALF * REST)
-    is_row = (offs_n % HALF < ROTARY + REST) & (column < D)
+    CUTS: tl.constexpr = C.TILES // (H + 2 * KV)            # tiles a head
+    pid_m, pid_n, split, tile = _product.place(T, C)
+    head, first_pair = pid_n // CUTS, pid_n % CUTS * HALF
+    offs_m, offs_n, pair = pid_m * C.BLOCK_M + tl.arange(0, C.BLOCK_M), tl.arange(0, C.BLOCK_N), first_pair + tl.arange(0, HALF)
+    # [BLOCK_N]: the first of each pair of the tile, then the second
+    pair_n = first_pair + offs_n % HALF
+    column = pair_n + tl.where(pair_n < ROTARY, offs_n // HALF * ROTARY, ROTARY + offs_n // HALF * REST)
+    is_row = (pair_n < ROTARY + REST) & (column < D)
     rows = tl.where(is_row, head * D + column, C.N).to(tl.int64)
     _product.enter(weight_ptr, scale_ptr, rows, split, C)
     # [HALF, 1]
@@ -73,24 +77,26 @@ def _norm_qkv_kernel(
     # [1, BLOCK_M]
     q_out = q_out_ptr + offs_m.to(tl.int64)[None, :] * stride_qot + head.to(tl.int64) * stride_qoh
     is_token = (offs_m < T)[None, :]
-    live = T
+    live, mask_x = T, offs_m < T
     if num_tokens_ptr is not None:
         live = tl.minimum(tl.load(num_tokens_ptr), T)
-        if pid_m * C.BLOCK_M >= live:
-            writes, zeros = is_token & (head < H) & (split == 0), tl.zeros((HALF, BLOCK_M), tl.float32)
-            _store_pairs(q_out, zeros, zeros, offs_first, offs_second, is_first & writes, is_second & writes)
-            return
-    mask_live = offs_m < live
-    squares = _product.load_squares(squares_ptr, offs_m, mask_live, PARTS)
+        if not C.ONE:
+            if pid_m * C.BLOCK_M >= live:
+                writes, zeros = is_token & (head < H) & (split == 0), tl.zeros((HALF, BLOCK_M), tl.float32)
+                _store_pairs(q_out, zeros, zeros, offs_first, offs_second, is_first & writes, is_second & writes)
+                return
+            mask_x = offs_m < live
+    squares = _product.load_squares(squares_ptr, offs_m, mask_x, PARTS)
     zero = (T >> 31).to(tl.float32)
     if C.SERIAL:
-        acc = _product.serial_sums(x_ptr, weight_ptr, scale_ptr, rows, offs_m, mask_live, stride_xt, zero, C)
+        acc = _product.serial_sums(x_ptr, weight_ptr, scale_ptr, rows, offs_m, mask_x, stride_xt, zero, C)
     else:
-        acc = _product.sums(x_ptr, weight_ptr, scale_ptr, rows, offs_m, mask_live, stride_xt, split, zero, C)
+        acc = _product.sums(x_ptr, weight_ptr, scale_ptr, rows, offs_m, mask_x, stride_xt, split, zero, C)
         if C.SPLITS > 1:
             if not _product.leave(acc, partials_ptr, counters_ptr, tile, split, C):
                 return
             acc = _product.collect(acc, partials_ptr, tile, C)
+    mask_live = offs_m < live
     first, second = _product.halves(_product.normed(acc, squares, bias_ptr, rows, eps, C), C)      # [HALF, BLOCK_M]
     if q_norm_ptr is not None or k_norm_ptr is not None:
         scale = tl.rsqrt(_product.column_sums(tl.fma(first, first, second * second)) / D + eps)[None, :]
@@ -127,10 +133,13 @@ def _norm_qkv_kernel(
             _store_pairs(v_tile, first, second, offs_first, offs_second, is_first & is_slot, is_second & is_slot)
 
 
-def config(T: int, heads: int, D: int, rotary_dim: int, K: int, dtype: torch.dtype, splits: bool, kind: Kind = PLAIN) -> Tile:
-    """A tile is a head, its pairs padded to a power of two."""
+def config(T: int, heads: int, D: int, rotary_dim: int, K: int, dtype: torch.dtype, splits: bool, kind: Kind = PLAIN,
+           has_norms: bool = False) -> Tile:
+    """A tile is a head, its pairs padded to a power of two, or where no norm needs all of a head, MOST_ROWS of its rows."""
     pairs = rotary_dim // 2 + (D - rotary_dim + 1) // 2
-    return _product.tile(T, heads * D, K, dtype, splits, (max(2 * triton.next_power_of_2(pairs), 16), heads), kind)
+    rows = max(2 * triton.next_power_of_2(pairs), 16)
+    cuts = 1 if has_norms else max(rows // MOST_ROWS, 1)
+    return _product.tile(T, heads * D, K, dtype, splits, (rows // cuts, heads * cuts), kind)
 
 
 def norm_qkv(scaled: Scaled, weight: torch.Tensor | Quantized, eps: float, positions: torch.Tensor, cos_sin: torch.Tensor,
@@ -161,7 +170,7 @@ def norm_qkv(scaled: Scaled, weight: torch.Tensor | Quantized, eps: float, posit
     _check.counter(op, "num_tokens", num_tokens, device)
     if T == 0:
         return
-    c = config(T, H + 2 * KV, D, rotary_dim, K, x.dtype, workspace is not None, kind)
+    c = config(T, H + 2 * KV, D, rotary_dim, K, x.dtype, workspace is not None, kind, q_norm is not None or k_norm is not None)
     _norm_qkv_kernel[c.grid(T)](
         x, scaled.squares, weight, scale, bias, q_norm, k_norm, positions, cos_sin, slot_mapping, k_cache, v_cache, q_out,
         *_product.check_workspace(op, workspace, c, T, device), num_tokens, T, L, N, eps,

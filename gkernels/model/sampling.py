@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import torch
 
 from .. import ops
 
+NUMBERS = ("temperature", "top_k", "top_p", "min_p", "typical_p", "seed", "repetition_penalty", "presence_penalty", "frequency_penalty",
+           "min_tokens", "max_tokens")
 MAX_STOP_IDS, MAX_BANNED_IDS, MAX_BIAS = 16, 32, 32      # a request may have; a step's buffers hold as many for every row
 
 
@@ -38,6 +41,11 @@ class Sampling:
     banned_token_ids: tuple[int, ...] = ()
     min_tokens: int = 0
     allowed_tokens: Callable[[list[int]], torch.Tensor | np.ndarray] | None = field(default=None, hash=False)
+
+    @cached_property
+    def numbers(self) -> tuple[float, ...]:
+        """Those that a step's buffers hold for each row, in the order of NUMBERS."""
+        return tuple(getattr(self, name) for name in NUMBERS)
 
     @property
     def has_penalties(self) -> bool:

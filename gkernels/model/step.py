@@ -16,7 +16,7 @@ from .. import ops
 from ..graph import Field, StaticBuffers
 from .cache import NULL_PAGE, PagedCache
 from .llama import Llama
-from .sampling import MAX_BANNED_IDS, MAX_BIAS, MAX_STOP_IDS, Sampling
+from .sampling import MAX_BANNED_IDS, MAX_BIAS, MAX_STOP_IDS, NUMBERS, Sampling
 
 
 @dataclass(frozen=True)
@@ -35,9 +35,8 @@ class Row:
     slot: int = 0
 
 
-DRAWN = {"temperature": (torch.float32, 0), "top_k": (torch.int32, 0), "top_p": (torch.float32, 1), "min_p": (torch.float32, 0),
-         "typical_p": (torch.float32, 1), "seed": (torch.int64, 0), "repetition_penalty": (torch.float32, 1), "presence_penalty": (torch.float32, 0),
-         "frequency_penalty": (torch.float32, 0), "min_tokens": (torch.int32, 0), "max_tokens": (torch.int32, 0)}     # Sampling's numbers
+INTEGERS = {"top_k": torch.int32, "seed": torch.int64, "min_tokens": torch.int32, "max_tokens": torch.int32}        # of Sampling's numbers
+PADS = {"top_p": 1, "typical_p": 1, "repetition_penalty": 1}                                                         # theirs; of the others 0
 
 ADJUSTED = {"bias_ids": "bias_ids", "bias": "bias", "repetition": "repetition_penalty", "presence": "presence_penalty",
             "frequency": "frequency_penalty", "banned_ids": "banned_ids", "stop_ids": "stop_ids", "min_tokens": "min_tokens",
@@ -59,7 +58,7 @@ class Step:
         R, real = max_requests, torch.float32
         self.buffers = StaticBuffers({
             "token_ids": Field((max_tokens,)), "query_start_loc": Field((R + 1,), pad="last"), "seq_lens": Field((R,)),
-            "block_table": Field((R, self.table_width)), **{name: Field((R,), dtype, off) for name, (dtype, off) in DRAWN.items()},
+            "block_table": Field((R, self.table_width)), **{name: Field((R,), INTEGERS.get(name, real), PADS.get(name, 0)) for name in NUMBERS},
             "stop_ids": Field((R, MAX_STOP_IDS), pad=-1), "banned_ids": Field((R, MAX_BANNED_IDS), pad=-1), "bias_ids": Field((R, MAX_BIAS), pad=-1),
             "bias": Field((R, MAX_BIAS), real), "emits": Field((R,)), "generated": Field((R,)), "max_lens": Field((R,)), "slots": Field((R,)),
             "ended": Field((R,)), "running": Field((1,)), "turns": Field((1,))}, device)
@@ -95,10 +94,10 @@ class Step:
         stage("query_start_loc", np.cumsum([0, *lens]))
         stage("block_table", [row.pages for row in rows])
         stage("seq_lens", [row.seq_len for row in rows])
-        for name in DRAWN:
-            stage(name, [getattr(row.sampling, name) for row in rows])
-        for name in ("emits", "generated"):
-            stage(name, [int(getattr(row, name)) for row in rows])
+        for name, values in zip(NUMBERS, zip(*(row.sampling.numbers for row in rows), strict=True) if rows else [()] * len(NUMBERS), strict=True):
+            stage(name, values)
+        stage("emits", [row.emits for row in rows])
+        stage("generated", [row.generated for row in rows])
         stage("max_lens", [row.max_len for row in rows])
         stage("slots", [row.slot for row in rows])
         stage("stop_ids", [row.ends for row in rows])
