@@ -32,7 +32,8 @@ MOST_ROWS = 128           # of x that a tile has on Hopper above MOST_TOKENS
 MULTIPROCESSORS = 132     # of the H100 and the H200: fewer programs than this leave read bandwidth idle
 SHARED_BYTES = {80: 160 << 10, 90: 216 << 10, 100: 216 << 10, 0: 64 << 10}      # that a program may have, by compute capability; 0: AMD's GPUs
 LEAST_SHARED_BYTES = 96 << 10    # of every other GPU since 2020
-MOST_STAGES = 8           # of a program that has a multiprocessor to itself
+MOST_STAGES = 6           # of a program that has a multiprocessor to itself: 8 leave the next node no room, and cost the step of 1B 1 %
+MOST_CONVERTED_STAGES = 12    # of one that converts weights, whose tiles are a half or a quarter as large
 MOST_SPLITS = 4           # of one K: 8 gain 4 % at one token where N = 2048 and K = 8192, and lose 15 % at 64, where the last program has more to add
 AHEAD_BYTES = 512         # of each weight row that a program asks for before it waits: 256 cost a layer of 1B 1.3 us more, 0 5.6, 1024 0.8
 
@@ -180,12 +181,12 @@ def _converting(T, dtype, splits, BLOCK_N, BLOCK_K, TILES, SPLITS, kind):
     # 64 tokens spill, as 32 do beside several groups' sums or the sums of all splits
     widest = 32 >> (kind.name == "int4" and kind.group < 128) + (splits and T > MOST_TOKENS) + (BLOCK_N > 64)
     BLOCK_M = max(min(triton.next_power_of_2(T), widest), 8)
-    num_warps = 4 if BLOCK_M == 8 and (kind.name != "int4" or BLOCK_N > 64) else 2
+    num_warps = 4 if BLOCK_M == 8 and BLOCK_N > 64 else 2
     stage = BLOCK_M * BLOCK_K * dtype.itemsize + kind.bytes(BLOCK_N, BLOCK_K, dtype)
-    # Programs that share a multiprocessor. Beside one or two of them the next node's find room; of three or four none finds a fifth and runs late
-    resident = min(triton.cdiv(triton.cdiv(T, BLOCK_M) * TILES * SPLITS, MULTIPROCESSORS), 4)
-    num_stages = 1 + SHARED_BYTES[90] // (resident if resident > 2 else 2 * resident) // stage
-    return BLOCK_M, BLOCK_K, SPLITS, num_warps, max(min(num_stages, MOST_STAGES), 3)
+    # Programs that share a multiprocessor, and no room for one more: those that start early take the places that the node before leaves first, and
+    # where one piles up, the others wait for it. 8B in int4 took 7 % longer with half of the stages, in fp8 11 %
+    resident = min(triton.cdiv(triton.cdiv(max(T, 1), BLOCK_M) * TILES * SPLITS, MULTIPROCESSORS), 4)
+    return BLOCK_M, BLOCK_K, SPLITS, num_warps, max(min(1 + SHARED_BYTES[90] // resident // stage, MOST_CONVERTED_STAGES), 3)
 
 
 def check_scaled(op: str, name: str, scaled: Scaled, T: int | None, K: int | None, dtypes: tuple[torch.dtype, ...],
