@@ -21,7 +21,6 @@ import torch
 from bench import harness, plot
 from bench.decode_step import eager_us
 from bench.harness import record, timed_launches, wanted
-from gkernels import ops
 from gkernels.graph import Buckets, ChoosingRunner, GraphRunner, PiecewiseRunner
 from gkernels.model.cache import PagedCache
 from gkernels.model.config import PRESETS, LlamaConfig
@@ -76,7 +75,7 @@ def report(lengths, most=MOST):
 def runners(step, live, buckets, device):
     """By provider: a runner of the same step."""
     return {"monolithic": GraphRunner(step, buckets, device), "choosing": ChoosingRunner(step, live, buckets, device),
-            "piecewise": PiecewiseRunner(step, buckets, device, unsafe=((ops, "attention_out"),)),
+            "piecewise": PiecewiseRunner(step, buckets, device),
             "shared": GraphRunner(step, buckets, device, share=True)}
 
 

@@ -256,6 +256,40 @@ def test_a_block_that_forgets_the_other_is_caught(device):
         check_rest(Forgets, device, "ab", [{"a": [1, 2]}, {"b": [3, 4]}])
 
 
+def check_steady(kind, device, rounds):
+    """Steady values are what is staged, whatever came before, in this block and in the other."""
+    fields = {"x": Field((3,), pad=-1), "table": Field((2, 2), pad=-1)}
+    buffers, want = kind(fields, device), {name: padded(field, ()) for name, field in fields.items()}
+    for staged in rounds:
+        for name, (values, steady) in staged.items():
+            buffers.stage(name, values, steady)
+            want[name] = padded(fields[name], values)
+        buffers.upload()
+        for name in fields:
+            assert_same(buffers[name].cpu(), want[name])
+
+
+few = st.integers(0, 1)
+rows_of = {"x": st.lists(few, max_size=3).map(tuple), "table": st.lists(st.lists(few, max_size=2).map(tuple), max_size=2).map(tuple)}
+
+
+@given(st.lists(st.fixed_dictionaries({}, optional={name: st.tuples(values, st.booleans()) for name, values in rows_of.items()}), max_size=8))
+def test_steady_values_are_what_is_staged(device, rounds):
+    check_steady(StaticBuffers, device, rounds)
+
+
+def test_steady_values_of_the_other_block_are_caught(device):
+    class OneMemory(StaticBuffers):
+        def __init__(self, fields, device):
+            super().__init__(fields, device)
+            self._known[1] = self._known[0]
+
+    rounds = [{"x": ((value,), True), "table": ((), True)} for value in (1, 0, 0, 1)]
+    check_steady(StaticBuffers, device, rounds)
+    with pytest.raises(AssertionError):
+        check_steady(OneMemory, device, rounds)
+
+
 def test_a_row_that_is_too_long_changes_nothing(device):
     buffers = StaticBuffers({"table": Field((2, 2))}, device)
     buffers.stage("table", [[1, 2], [3]])

@@ -2,6 +2,7 @@
 
 import gc
 import itertools
+import sys
 import threading
 from contextlib import suppress
 from types import SimpleNamespace
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 
 from gkernels import ops
 from gkernels.graph import Buckets, GraphRunner, PiecewiseRunner, eager, segments
+from gkernels.graph.piecewise import attention_ops
 from gkernels.model.cache import PagedCache
 from gkernels.model.config import LlamaConfig
 from gkernels.model.llama import Llama
@@ -213,6 +215,32 @@ def test_ops_are_named_from_outside(cuda):
     assert all(len(c.graphs) == 2 for c in runner.graphs.values())
     program.draw(5)
     assert_same(runner.run(4)[0], step(4)[0])
+
+
+@pytest.mark.parametrize("name", ["attention", "attention_out"])
+@pytest.mark.parametrize("told, graphs", [({}, 2), ({"unsafe": ()}, 1)])
+def test_attention_is_cut_at_unless_others_are_named(cuda, monkeypatch, name, told, graphs):
+    def attend(x, out):
+        out.copy_(x + 1)
+
+    monkeypatch.setattr(ops, name, attend)
+    program = Program([])
+
+    def step(bucket):
+        out = torch.empty_like(program.x[:bucket])
+        getattr(ops, name)(graph_op(program.x[:bucket]), out)
+        return graph_op(out), {}
+
+    runner = captured(step, **told)
+    assert all(len(c.graphs) == graphs for c in runner.graphs.values()) and getattr(ops, name) is attend
+    program.draw(5)
+    assert_same(runner.run(4)[0], step(4)[0])
+
+
+def test_a_step_without_attention_is_one_graph(cuda, monkeypatch):
+    assert all(len(c.graphs) == 1 for c in captured(Program(["graph"])).graphs.values())
+    monkeypatch.delitem(sys.modules, "gkernels.ops")
+    assert attention_ops() == () and all(len(c.graphs) == 1 for c in captured(Program(["graph"])).graphs.values())
 
 
 def test_an_op_that_was_named_and_not_called_is_an_error(cuda):

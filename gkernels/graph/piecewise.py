@@ -5,6 +5,7 @@ For engines whose attention decides on the host, and the baseline that a monolit
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from unittest.mock import patch
@@ -16,19 +17,25 @@ from .capture import GraphRunner
 from .segments import Segments, eager
 
 
+def attention_ops() -> tuple[tuple[object, str], ...]:
+    """This library's attention. Found, not imported: who takes the runners alone has none."""
+    ops = sys.modules.get("gkernels.ops")
+    return ((ops, "attention"), (ops, "attention_out")) if ops else ()
+
+
 class PiecewiseRunner(GraphRunner):
     """A GraphRunner whose graphs end and begin again around ops that run eagerly: those marked `eager`, and those named in `unsafe`.
 
-    `unsafe` are (owner, name): the module or object through which the step looks an op up, as in [(ops, "attention_out")]. They are marked only
+    `unsafe` are (owner, name): the module or object through which the step looks an op up, as in [(engine, "attend")]. They are marked only
     while a capture runs. One that the step does not call there is an error at capture: it would lie in a graph. What such an op may take and
-    return, `eager` says."""
+    return, `eager` says. None: `attention_ops`, those that the step calls."""
 
     BREAKABLE = True
 
     def __init__(self, step: Callable[[int], object], buckets: Buckets, device: torch.device | str, checks: tuple[Callable[[], None], ...] = (),
-                 unsafe: tuple[tuple[object, str], ...] = (), share: bool = False):
+                 unsafe: tuple[tuple[object, str], ...] | None = None, share: bool = False):
         super().__init__(step, buckets, device, checks, share)
-        self.unsafe = tuple(unsafe)
+        self.unsafe, self.is_told = tuple(unsafe or ()), unsafe is not None
         for owner, name in self.unsafe:
             if not callable(getattr(owner, name, None)):
                 raise ValueError(f"gkernels.graph.PiecewiseRunner: unsafe: got {name!r} of {getattr(owner, '__name__', owner)}, expected a callable "
@@ -43,7 +50,7 @@ class PiecewiseRunner(GraphRunner):
     @contextmanager
     def marked(self) -> Iterator[None]:
         with ExitStack() as patches:
-            for owner, name in self.unsafe:
+            for owner, name in self.unsafe if self.is_told else attention_ops():
                 patches.enter_context(patch.object(owner, name, eager(getattr(owner, name))))
             yield
 

@@ -35,7 +35,7 @@ LEAST_SHARED_BYTES = 96 << 10    # of every other GPU since 2020
 MOST_STAGES = 6           # of a program that has a multiprocessor to itself: 8 leave the next node no room, and cost the step of 1B 1 %
 MOST_CONVERTED_STAGES = 12    # of one that converts weights, whose tiles are a half or a quarter as large
 MOST_SPLITS = 4           # of one K: 8 gain 4 % at one token where N = 2048 and K = 8192, and lose 15 % at 64, where the last program has more to add
-AHEAD_BYTES = 512         # of each weight row that a program asks for before it waits: 256 cost a layer of 1B 1.3 us more, 0 5.6, 1024 0.8
+AHEAD_BYTES = 512         # of each weight row that a program asks for before it waits: 0 cost a layer of 8B 6.3 us more, 256 0.6, 1024 1.6
 
 
 class Tile(NamedTuple):

@@ -13,6 +13,7 @@ from .. import ops
 
 NUMBERS = ("temperature", "top_k", "top_p", "min_p", "typical_p", "seed", "repetition_penalty", "presence_penalty", "frequency_penalty",
            "min_tokens", "max_tokens")
+COLUMNS = (*NUMBERS, "banned_ids", "bias_ids", "bias")
 MAX_STOP_IDS, MAX_BANNED_IDS, MAX_BIAS = 16, 32, 32      # a request may have; a step's buffers hold as many for every row
 
 
@@ -43,9 +44,9 @@ class Sampling:
     allowed_tokens: Callable[[list[int]], torch.Tensor | np.ndarray] | None = field(default=None, hash=False)
 
     @cached_property
-    def numbers(self) -> tuple[float, ...]:
-        """Those that a step's buffers hold for each row, in the order of NUMBERS."""
-        return tuple(getattr(self, name) for name in NUMBERS)
+    def columns(self) -> tuple:
+        """What a step's buffers hold of it for each row, in the order of COLUMNS."""
+        return (*(getattr(self, name) for name in NUMBERS), tuple(self.banned_token_ids), tuple(self.logit_bias), tuple(self.logit_bias.values()))
 
     @property
     def has_penalties(self) -> bool:

@@ -16,10 +16,10 @@ from .. import ops
 from ..graph import Field, StaticBuffers
 from .cache import NULL_PAGE, PagedCache
 from .llama import Llama
-from .sampling import MAX_BANNED_IDS, MAX_BIAS, MAX_STOP_IDS, NUMBERS, Sampling
+from .sampling import COLUMNS, MAX_BANNED_IDS, MAX_BIAS, MAX_STOP_IDS, NUMBERS, Sampling
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)        # not frozen, which would double the time to make one
 class Row:
     """One request's share of a step: the tokens to compute, all of its length afterwards, its pages, and how to draw the next token. Where it
     `emits`, its tokens complete what is known of the sequence, so that the token drawn is the next; `slot` is then its line in the tables."""
@@ -85,27 +85,23 @@ class Step:
         if tokens > self.max_tokens or len(rows) > self.max_requests:
             raise ValueError(f"gkernels.Step: rows: got {tokens} tokens in {len(rows)} requests, expected at most {self.max_tokens} in "
                              f"{self.max_requests}; split the batch")
+        page_size = self.cache.page_size
         for i, row in enumerate(rows):
-            if not row.token_ids or NULL_PAGE in row.pages or not len(row.token_ids) <= row.seq_len <= len(row.pages) * self.cache.page_size:
+            if not row.token_ids or NULL_PAGE in row.pages or not len(row.token_ids) <= row.seq_len <= len(row.pages) * page_size:
                 raise ValueError(f"gkernels.Step: rows[{i}]: got {len(row.token_ids)} tokens, seq_len {row.seq_len} and {len(row.pages)} pages, "
-                                 f"expected 1 to seq_len tokens and pages of {self.cache.page_size} for all of seq_len, none of them page 0")
+                                 f"expected 1 to seq_len tokens and pages of {page_size} for all of seq_len, none of them page 0")
         stage = self.buffers.stage
         stage("token_ids", [t for row in rows for t in row.token_ids])
         stage("query_start_loc", np.cumsum([0, *lens]))
         stage("block_table", [row.pages for row in rows])
         stage("seq_lens", [row.seq_len for row in rows])
-        for name, values in zip(NUMBERS, zip(*(row.sampling.numbers for row in rows), strict=True) if rows else [()] * len(NUMBERS), strict=True):
-            stage(name, values)
-        stage("emits", [row.emits for row in rows])
         stage("generated", [row.generated for row in rows])
-        stage("max_lens", [row.max_len for row in rows])
-        stage("slots", [row.slot for row in rows])
-        stage("stop_ids", [row.ends for row in rows])
-        stage("banned_ids", [row.sampling.banned_token_ids for row in rows])
-        stage("bias_ids", [[*row.sampling.logit_bias] for row in rows])
-        stage("bias", [[*row.sampling.logit_bias.values()] for row in rows])
-        stage("running", [len(rows)])
-        stage("turns", [turns])
+        columns = zip(*(row.sampling.columns for row in rows), strict=True) if rows else [()] * len(COLUMNS)
+        steady = dict(zip(COLUMNS, columns, strict=True), running=(len(rows),), turns=(turns,), emits=tuple([row.emits for row in rows]),
+                      slots=tuple([row.slot for row in rows]), max_lens=tuple([row.max_len for row in rows]),
+                      stop_ids=tuple([tuple(row.ends) for row in rows]))
+        for name, values in steady.items():
+            stage(name, values, steady=True)
         self.buffers.upload()
         self._news[:1 + self.max_requests].zero_()
         return tokens
