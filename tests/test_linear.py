@@ -323,8 +323,9 @@ def test_config_fixes_the_k_order_and_fits_the_chip(monkeypatch, dtype, is_split
         configs = [room.config(T, N, K, dtype, is_split, fitting) for T in takes]
         assert len({(c.BLOCK_N, c.BLOCK_K, c.SPLITS) for c in configs}) == 1
         assert all(c.num_stages >= 2 and c.SPLITS * c.STEPS * c.BLOCK_K >= K > (c.SPLITS * c.STEPS - c.STEPS) * c.BLOCK_K for c in configs)
-        tile_bytes = max((c.BLOCK_M * c.BLOCK_K * dtype.itemsize + fitting.bytes(c.BLOCK_N, c.BLOCK_K, dtype)) * c.num_stages for c in configs)
-        assert tile_bytes <= SHARED_BYTES[90]
+        free = int(fitting.name != "plain" and dtype != torch.float32)         # a stage that mma.sync does not hold in shared memory, as wgmma does
+        stages = [(c.BLOCK_M * c.BLOCK_K * dtype.itemsize + fitting.bytes(c.BLOCK_N, c.BLOCK_K, dtype)) * (c.num_stages - free) for c in configs]
+        assert max(stages) <= SHARED_BYTES[90]
         assert kind.name != "fp8 block" or 128 % configs[0].BLOCK_K == 0, "a row of a tile has two scales"
         assert configs[0].TILES == parts(N, dtype, is_split), "Scaled.empty makes room for others"
         assert is_split or configs[0].SPLITS == 1
