@@ -144,8 +144,9 @@ def assert_one_instruction(rows, wgmma):
 
 def test_converted_weights_take_one_instruction_on_hopper(report):
     fused = [row for row in report["kernels"] if row["target"] == "sm_90" and "float32" not in row["case"]
-             and row["kernel"] in ("_linear_kernel", "_norm_gate_up_kernel", "_norm_qkv_kernel")]
-    converted = [row for row in fused if row["case"].startswith("linear_quantized.")]
+             and row["kernel"] in ("_linear_kernel", "_norm_gate_up_kernel", "_norm_qkv_kernel", "_head_kernel")]
+    converted = [row for row in fused if any(word in row["case"] for word in ("fp8", "int4"))]
+    assert {row["case"].split(".")[0] for row in converted} == {"linear_quantized", "head"}
     assert_one_instruction(converted, wgmma=False)
     with pytest.raises(AssertionError, match="wgmma"):
         assert_one_instruction(fused, wgmma=False)

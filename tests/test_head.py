@@ -59,6 +59,13 @@ def test_equals_two_nodes(device, seed, dtype, R, shape, kind, data):
     check_equals_two_nodes(room.draw, batch(seed, R, shape, dtype, device, kind, temperature=heat, seq_lens=lens, position=2**31 - 1))
 
 
+@pytest.mark.parametrize("kind", ["plain", "fp8 row", "fp8 block", "int4 32", "int4 128"])
+@pytest.mark.parametrize("R", [1, 16, 17, 60])
+def test_equals_two_nodes_in_the_tiles_of_a_real_vocabulary(device, kind, R):
+    """From 132 tiles of 64 rows on, which a GPU multiplies by another instruction than smaller ones."""
+    check_equals_two_nodes(room.draw, batch(R, R, (132 * 64, 256), torch.float16, device, kind, temperature=[0.0, 0.8] * (R // 2) + [1.0] * (R % 2)))
+
+
 @given(seeds, dtypes, st.lists(st.sampled_from([0, 1, 4, -1, 5, 2**31 - 1, -2**31]), min_size=1, max_size=20), shapes, temperatures)
 def test_rows_are_gathered(device, seed, dtype, index, shape, temperature):
     """A negative index is a row of zeros, one that does not exist has no token."""

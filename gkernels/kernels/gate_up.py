@@ -12,9 +12,10 @@ import torch
 import triton
 import triton.language as tl
 
-from . import _check, _product
-from ._product import Scaled, Tile
+from . import _check, _product, _tile
+from ._product import Scaled
 from ._quantized import PLAIN, Kind, Quantized, check_weight
+from ._tile import Tile
 
 
 @triton.jit(do_not_specialize=["T"], do_not_specialize_on_alignment=["num_tokens_ptr"])
@@ -57,8 +58,8 @@ def _norm_gate_up_kernel(
 
 def config(T: int, F: int, K: int, dtype: torch.dtype, kind: Kind = PLAIN) -> Tile:
     """Tiles of as many rows of gate as of up; F = 8192 makes 256 programs, so K is never split."""
-    half = 128 if _check.INTERPRETED else 32 if dtype != torch.float32 and F >= 32 * _product.MULTIPROCESSORS else 16
-    return _product.tile(T, 2 * F, K, dtype, False, (2 * half, triton.cdiv(F, half)), kind)
+    half = 128 if _check.INTERPRETED else 32 if dtype != torch.float32 and F >= 32 * _tile.MULTIPROCESSORS else 16
+    return _tile.tile(T, 2 * F, K, dtype, False, (2 * half, triton.cdiv(F, half)), kind)
 
 
 def norm_gate_up_out(scaled: Scaled, weight: torch.Tensor | Quantized, eps: float, out: torch.Tensor, bias: torch.Tensor | None = None,

@@ -19,13 +19,14 @@ import torch
 import triton
 import triton.language as tl
 
-from . import _check, _product, linear
+from . import _check, _product, _tile, linear
 from ._noise import key_at
-from ._product import Scaled, Tile
+from ._product import Scaled
 from ._quantized import PLAIN, Kind, Quantized, check_weight
 from ._sampling import BAD_OPTION, NO_TOKEN
 from ._sampling_contest import least_of, most_of
 from ._sampling_tokens import better, clean, first_best, scores
+from ._tile import Tile
 from .sampling import MAX_V
 
 _INF = tl.constexpr(float("inf"))
@@ -143,15 +144,16 @@ class Workspace:
     @classmethod
     def allocate(cls, R: int, V: int, dtype: torch.dtype, device: torch.device | str) -> Workspace:
         """dtype: that of the rows."""
-        tiles = _product.parts(V, dtype, splits=False)
+        tiles = _tile.parts(V, dtype, splits=False)
         return cls(*(torch.empty(R, tiles, dtype=kind, device=device) for kind in (torch.float32, torch.int32, torch.float64, torch.int32)))
 
 
 def config(R: int, V: int, K: int, dtype: torch.dtype, kind: Kind = PLAIN) -> Tile:
-    """norm_linear's, which no bit depends on. Beside the sums the contest holds two more tiles: with 4 warps 32 rows spilled 972 bytes on sm_100, 64
-    rows 904 on Hopper, and gfx942 spills at 32 with any."""
-    c = linear.config(R, V, K, dtype, kind=kind)
-    BLOCK_M = min(c.BLOCK_M, 64 if _product.capability() else 16)
+    """norm_linear's, but for what no bit depends on. Beside the sums the contest holds two more tiles: with 4 warps 32 rows spilled 972 bytes on
+    sm_100, 64 rows 904 on Hopper, and gfx942 spills at 32 with any. Weights that Hopper converts stay at 16 rows, whose 2 warps 8 would change for
+    another instruction, with other bits."""
+    c, arch = linear.config(R, V, K, dtype, kind=kind), _tile.capability()
+    BLOCK_M = min(c.BLOCK_M, 16 if not arch or (arch // 10 == 9 and kind != PLAIN) else 64)
     return c._replace(BLOCK_M=BLOCK_M, num_warps=8 if BLOCK_M > 16 else c.num_warps)
 
 

@@ -16,9 +16,10 @@ import torch
 import triton
 import triton.language as tl
 
-from . import _check, _product
-from ._product import MOST_TOKENS, Scaled, Tile, Workspace
+from . import _check, _product, _tile
+from ._product import Scaled, Workspace
 from ._quantized import PLAIN, Kind, Quantized, check_weight
+from ._tile import MOST_TOKENS, Tile
 
 __all__ = ["MOST_TOKENS", "Quantized", "Scaled", "Workspace", "linear", "linear_out", "linear_residual", "norm_linear", "norm_linear_out"]
 
@@ -111,7 +112,7 @@ def _zero_pads_kernel(
 
 def config(T: int, N: int, K: int, dtype: torch.dtype, splits: bool = False, kind: Kind = PLAIN) -> Tile:
     """BLOCK_N, BLOCK_K and SPLITS ignore T, which is what keeps rows bitwise the same."""
-    return _product.tile(T, N, K, dtype, splits, kind=kind)
+    return _tile.tile(T, N, K, dtype, splits, kind=kind)
 
 
 def _torch_linear(x, weight, bias, out, num_tokens):

@@ -17,9 +17,10 @@ import torch
 import triton
 import triton.language as tl
 
-from . import _check, _product
-from ._product import Scaled, Tile, Workspace
+from . import _check, _product, _tile
+from ._product import Scaled, Workspace
 from ._quantized import PLAIN, Kind, Quantized, check_weight
+from ._tile import Tile
 from .kv_cache import locate_slot
 
 MAX_D = 128               # wider heads spill
@@ -139,7 +140,7 @@ def config(T: int, heads: int, D: int, rotary_dim: int, K: int, dtype: torch.dty
     pairs = rotary_dim // 2 + (D - rotary_dim + 1) // 2
     rows = max(2 * triton.next_power_of_2(pairs), 16)
     cuts = 1 if has_norms else max(rows // MOST_ROWS, 1)
-    return _product.tile(T, heads * D, K, dtype, splits, (rows // cuts, heads * cuts), kind)
+    return _tile.tile(T, heads * D, K, dtype, splits, (rows // cuts, heads * cuts), kind)
 
 
 def norm_qkv(scaled: Scaled, weight: torch.Tensor | Quantized, eps: float, positions: torch.Tensor, cos_sin: torch.Tensor,

@@ -11,8 +11,11 @@ import torch
 
 from .. import ops
 
-NUMBERS = ("temperature", "top_k", "top_p", "min_p", "typical_p", "seed", "repetition_penalty", "presence_penalty", "frequency_penalty",
-           "min_tokens", "max_tokens")
+# Those of Sampling that a step's buffers hold for each row: dtype, and what stands in a pad
+NUMBERS = {"temperature": (torch.float32, 0), "top_k": (torch.int32, 0), "top_p": (torch.float32, 1), "min_p": (torch.float32, 0),
+           "typical_p": (torch.float32, 1), "seed": (torch.int64, 0), "repetition_penalty": (torch.float32, 1),
+           "presence_penalty": (torch.float32, 0), "frequency_penalty": (torch.float32, 0), "min_tokens": (torch.int32, 0),
+           "max_tokens": (torch.int32, 0)}
 COLUMNS = (*NUMBERS, "banned_ids", "bias_ids", "bias")
 MAX_STOP_IDS, MAX_BANNED_IDS, MAX_BIAS = 16, 32, 32      # a request may have; a step's buffers hold as many for every row
 

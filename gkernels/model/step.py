@@ -35,9 +35,6 @@ class Row:
     slot: int = 0
 
 
-INTEGERS = {"top_k": torch.int32, "seed": torch.int64, "min_tokens": torch.int32, "max_tokens": torch.int32}        # of Sampling's numbers
-PADS = {"top_p": 1, "typical_p": 1, "repetition_penalty": 1}                                                         # theirs; of the others 0
-
 ADJUSTED = {"bias_ids": "bias_ids", "bias": "bias", "repetition": "repetition_penalty", "presence": "presence_penalty",
             "frequency": "frequency_penalty", "banned_ids": "banned_ids", "stop_ids": "stop_ids", "min_tokens": "min_tokens",
             "generated": "generated", "slots": "slots"}
@@ -58,7 +55,7 @@ class Step:
         R, real = max_requests, torch.float32
         self.buffers = StaticBuffers({
             "token_ids": Field((max_tokens,)), "query_start_loc": Field((R + 1,), pad="last"), "seq_lens": Field((R,)),
-            "block_table": Field((R, self.table_width)), **{name: Field((R,), INTEGERS.get(name, real), PADS.get(name, 0)) for name in NUMBERS},
+            "block_table": Field((R, self.table_width)), **{name: Field((R,), dtype, pad) for name, (dtype, pad) in NUMBERS.items()},
             "stop_ids": Field((R, MAX_STOP_IDS), pad=-1), "banned_ids": Field((R, MAX_BANNED_IDS), pad=-1), "bias_ids": Field((R, MAX_BIAS), pad=-1),
             "bias": Field((R, MAX_BIAS), real), "emits": Field((R,)), "generated": Field((R,)), "max_lens": Field((R,)), "slots": Field((R,)),
             "ended": Field((R,)), "running": Field((1,)), "turns": Field((1,))}, device)

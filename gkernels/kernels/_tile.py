@@ -1,0 +1,151 @@
+"""How a product of few rows with a weight is cut into tiles: the rules of _product, on the host, for every GPU.
+
+Tiles of weight rows, splits and every order of addition follow from (N, K, dtype, kind of weight), so that a row's bits are the same for any number
+of rows; BLOCK_M, warps and stages change no bit. Each number here was measured, or is what compiles without a spill.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+
+from . import _check, _int4
+from ._quantized import PLAIN, Kind
+
+MOST_TOKENS = 64          # above it cuBLAS is 1.2 to 4 times faster on the H200; below, this is level with it or faster at most shapes
+MOST_ROWS = 128           # of x that a tile has on Hopper above MOST_TOKENS
+MULTIPROCESSORS = 132     # of the H100 and the H200: fewer programs than this leave read bandwidth idle
+SHARED_BYTES = {80: 160 << 10, 90: 216 << 10, 100: 216 << 10, 0: 64 << 10}      # that a program may have, by compute capability; 0: AMD's GPUs
+LEAST_SHARED_BYTES = 96 << 10    # of every other GPU since 2020
+MOST_STAGES = 6           # of a program that has a multiprocessor to itself: 8 leave the next node no room, and cost the step of 1B 1 %
+MOST_CONVERTED_STAGES = 12    # of one that converts weights, whose tiles are a half or a quarter as large
+MOST_SPLITS = 4           # of one K: 8 gain 4 % at one token where N = 2048 and K = 8192, and lose 15 % at 64, where the last program has more to add
+AHEAD_BYTES = 512         # of each weight row that a program asks for before it waits: 0 cost a layer of 8B 6.3 us more, 256 0.6, 1024 1.6
+
+
+class Tile(NamedTuple):
+    """All that is static about the products of a launch, as one constant: a tuple, since Triton's hooks are told of constants as JSON. BLOCK_M,
+    num_warps and num_stages change no bit."""
+
+    N: int
+    K: int
+    TILES: int                # of weight rows
+    BLOCK_M: int
+    BLOCK_N: int
+    BLOCK_K: int
+    SPLITS: int               # parts of a tile's K
+    SERIAL: bool              # one program makes all of them; else each has its own
+    ONE: bool                 # tile of rows of x, whose programs fetch pads too, rather than wait 0.65 us for the number of live rows
+    STEPS: int                # blocks of K a program
+    EVEN: bool                # no tile passes N or K
+    LINES: int                # of 128 bytes that a program asks of each of its weight rows before it waits; 0 where it cannot
+    KIND: str                 # of the weight, and for int4 the columns that share a scale: see _quantized.Kind
+    GROUP: int
+    ROW: int                  # elements of a stored row of the weight
+    PACKED: bool              # whether int4 becomes two 16-bit numbers at a time, by instructions of NVIDIA's GPUs
+    num_warps: int
+    num_stages: int
+
+    def grid(self, T: int) -> tuple[int]:
+        return (triton.cdiv(T, self.BLOCK_M) * self.TILES * (1 if self.SERIAL else self.SPLITS),)
+
+    def options(self) -> dict[str, int]:
+        overlap = {"launch_pdl": True} if self.LINES else {}
+        # 255 registers, or sm_80 spills at 72; but on Hopper, which does not, the node of q, k and v would take 218 instead of 79. There converted
+        # weights spill, at 48 in tiles of 16 rows, at 168 beside 32 tokens
+        is_free = capability() // 10 == 9 and self.KIND == "plain"
+        return dict(num_warps=self.num_warps, num_stages=self.num_stages) | overlap | ({} if is_free else _check.registers(255))
+
+
+def capability() -> int:
+    """Of the GPU that kernels are compiled for, 90 for Hopper; 0 where that is none of NVIDIA's."""
+    target = None if _check.INTERPRETED else triton.runtime.driver.active.get_current_target()
+    return target.arch if target and target.backend == "cuda" else 0
+
+
+def overlaps() -> bool:
+    """Whether nodes of a graph may overlap on the device that kernels are compiled for."""
+    return capability() >= 90
+
+
+def parts(N: int, dtype: torch.dtype, splits: bool) -> int:
+    """How many sums of squares the writer of rows of N leaves: one a tile."""
+    return tile(1, N, 1, dtype, splits).TILES
+
+
+def tile(T: int, N: int, K: int, dtype: torch.dtype, splits: bool, group: tuple[int, int] | None = None, kind: Kind = PLAIN) -> Tile:
+    """How the product of T rows with [N, K] is cut. group: (rows, tiles), where the caller's rows come in groups, each padded to that many."""
+    if _check.INTERPRETED:    # which pays 0.1 ms an operation whatever its size: few tiles, each as large as may be
+        BLOCK_M, BLOCK_N = (max(triton.next_power_of_2(n), 16) for n in (T, N))
+        BLOCK_N, TILES = group or (min(BLOCK_N, 256), triton.cdiv(N, min(BLOCK_N, 256)))
+        SPLITS, num_warps, num_stages = 2 if splits and K > 16 else 1, 4, 1
+        BLOCK_K = min(max(triton.next_power_of_2(triton.cdiv(K, SPLITS)), 16), 128 if kind.name == "fp8 block" else 256)
+        BLOCK_K = 256 if kind.name == "int4" else BLOCK_K
+    else:
+        BLOCK_N, TILES = group or _rows(N, dtype, splits)
+        BLOCK_M, BLOCK_K, SPLITS, num_warps, num_stages = _block(T, K, dtype, splits, BLOCK_N, TILES, kind)
+    STEPS, arch = triton.cdiv(triton.cdiv(K, BLOCK_K), SPLITS), capability()
+    lines = min(STEPS * kind.bytes(1, BLOCK_K, dtype), AHEAD_BYTES) // 128
+    is_even = N == BLOCK_N * TILES and K == BLOCK_K * SPLITS * STEPS
+    return Tile(N, K, TILES, BLOCK_M, BLOCK_N, BLOCK_K, SPLITS, SPLITS > 1 and T > MOST_TOKENS, T <= BLOCK_M, STEPS, is_even,
+                1 << (lines.bit_length() - 1) if overlaps() and lines else 0, kind.name, kind.group, kind.row(K),
+                arch > 0 and dtype != torch.float32, num_warps, num_stages)
+
+
+def _rows(N, dtype, splits):
+    """(rows of a tile, tiles)"""
+    if dtype == torch.float32:   # no tensor cores: tiles of 32 keep the fused multiply-adds in registers
+        rows = 32
+    elif splits and N >= 1024:
+        rows = 64
+    else:
+        enough = {64: MULTIPROCESSORS, 32: 96}      # programs: with 96 of 32 rows the H200 reads 3072 x 2048 in 6.3 us, with 192 of 16 in 8.1
+        rows = next((b for b in enough if triton.cdiv(N, b) >= enough[b]), 16)
+    return rows, triton.cdiv(N, rows)
+
+
+def _block(T, K, dtype, splits, BLOCK_N, TILES, kind):
+    """(BLOCK_M, BLOCK_K, SPLITS, num_warps, num_stages)"""
+    half, arch = dtype != torch.float32, capability()
+    hopper = half and arch // 10 == 9
+    # Tiles of 128 x 128 spill but on Hopper, which reads them from shared memory
+    BLOCK_K = next((b for b in (128, 64) if K % b == 0 and half and (b * BLOCK_N <= 8192 or hopper)), 32 if half or BLOCK_N < 128 else 16)
+    BLOCK_K = _int4.BLOCK if kind.name == "int4" else BLOCK_K
+    # A plain weight's program has a multiprocessor of its own; of those that convert weights, two share one: one computes while the other waits
+    SPLITS, most = 1, MULTIPROCESSORS if kind == PLAIN else 2 * MULTIPROCESSORS
+    while splits and SPLITS < MOST_SPLITS and TILES * SPLITS * 2 <= most and K >= BLOCK_K * SPLITS * 4:
+        SPLITS *= 2
+    if hopper and kind != PLAIN:
+        return _converting(T, dtype, splits, BLOCK_N, BLOCK_K, TILES, SPLITS, kind)
+    if T > MOST_TOKENS:
+        # Two sums: a head of 128 with norms spills beside 64 rows on Hopper, sm_80 spills at 64 and gfx942 at 32
+        widest = (MOST_ROWS if BLOCK_N <= 64 else 64) if hopper else 32 if arch else 16
+    else:
+        widest = 64 if half and arch != 100 else 32     # sm_100 spills beside 64 rows' squares
+    # Sums of several groups at once: 64 rows spill 424 bytes on sm_80; and on gfx942 32 rows spill beside converted weights
+    if (kind.name == "int4" and kind.group < 128) or (kind != PLAIN and not arch):
+        widest = min(widest, 32) if arch else 16
+    BLOCK_M = max(min(triton.next_power_of_2(T), widest if BLOCK_N <= 64 else widest // 2), 16)
+    # 4 spill where two sums are held. Never fewer: 2 get mma.sync, whose sums have other bits than wgmma's
+    num_warps = 8 if (BLOCK_N == 128 and not hopper) or T > MOST_TOKENS else 4
+    shared = SHARED_BYTES.get(arch, LEAST_SHARED_BYTES)
+    stage = BLOCK_M * BLOCK_K * dtype.itemsize + kind.bytes(BLOCK_N, BLOCK_K, dtype)
+    if triton.cdiv(T, BLOCK_M) * TILES * SPLITS > MULTIPROCESSORS:         # two, where the half holds 3 stages of 64 tokens
+        shared = max(shared // 2, LEAST_SHARED_BYTES if arch else 0, min(3 * stage, shared))
+    return BLOCK_M, BLOCK_K, SPLITS, num_warps, max(min(shared // stage, MOST_STAGES), 2)
+
+
+def _converting(T, dtype, splits, BLOCK_N, BLOCK_K, TILES, SPLITS, kind):
+    """_block of weights that Hopper converts. wgmma would take them product by product; mma.sync does not, and Triton takes it for 8 tokens, and for
+    any number where a program has 2 warps. All rows get it, since its sums have other bits than wgmma's."""
+    # 64 tokens spill, as 32 do beside several groups' sums or the sums of all splits
+    widest = 32 >> (kind.name == "int4" and kind.group < 128) + (splits and T > MOST_TOKENS) + (BLOCK_N > 64)
+    BLOCK_M = max(min(triton.next_power_of_2(T), widest), 8)
+    num_warps = 4 if BLOCK_M == 8 and BLOCK_N > 64 else 2
+    stage = BLOCK_M * BLOCK_K * dtype.itemsize + kind.bytes(BLOCK_N, BLOCK_K, dtype)
+    # Programs that share a multiprocessor, and no room for one more: those that start early take the places that the node before leaves first, and
+    # where one piles up, the others wait for it. 8B in int4 took 7 % longer with half of the stages, in fp8 11 %
+    resident = min(triton.cdiv(triton.cdiv(max(T, 1), BLOCK_M) * TILES * SPLITS, MULTIPROCESSORS), 4)
+    return BLOCK_M, BLOCK_K, SPLITS, num_warps, max(min(1 + SHARED_BYTES[90] // resident // stage, MOST_CONVERTED_STAGES), 3)
