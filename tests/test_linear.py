@@ -317,7 +317,7 @@ def test_no_rows(device):
 @pytest.mark.parametrize("kind", [Kind("plain"), Kind("fp8 row"), Kind("fp8 block"), Kind("int4", 32), Kind("int4", 128)], ids=str)
 def test_config_fixes_the_k_order_and_fits_the_chip(monkeypatch, dtype, is_split, kind):
     monkeypatch.setattr("gkernels.kernels._check.INTERPRETED", False)
-    monkeypatch.setattr("gkernels.kernels._tile.capability", lambda: 90)
+    monkeypatch.setattr("gkernels.kernels._check.capability", lambda: 90)
     takes = (1, 16, 17, 40, 64, 65, 8192)
     for N, K in ((1, 1), (8, 8), (2048, 2048), (2048, 8192), (3072, 2048), (16384, 2048), (28672, 4096), (4096, 14336), (128256, 4096)):
         fitting = kind if K % (kind.group or 1) == 0 else Kind("int4", K)
@@ -336,7 +336,7 @@ def test_config_fixes_the_k_order_and_fits_the_chip(monkeypatch, dtype, is_split
 def test_workspaces_hold_every_model(monkeypatch, device):
     """Products of the greatest models, at the most tokens."""
     monkeypatch.setattr("gkernels.kernels._check.INTERPRETED", False)
-    monkeypatch.setattr("gkernels.kernels._tile.capability", lambda: 90)
+    monkeypatch.setattr("gkernels.kernels._check.capability", lambda: 90)
     monkeypatch.setattr("gkernels.kernels._check.can_run", lambda device: True)
     workspace = room.Workspace.allocate(device)
     device = workspace.partials.device

@@ -5,12 +5,12 @@ Arguments travel as three tuples: `inputs` and `strides` in the order of the ker
 
 import triton
 import triton.language as tl
-from triton.language.extra import cuda
 
 from ._attention_ahead import ask_ahead
 from ._attention_short import take_run
 from ._attention_tall import take_tall
 from ._attention_tile import count_in
+from ._overlap import wait_for_node_before
 
 
 @triton.jit
@@ -65,8 +65,7 @@ def _attention_kernel(
     if C.AHEAD:
         if not C.HAS_TALL:                                                        # beside tall tiles it gains nothing, and 16 bytes more spill
             ask_ahead(tl.program_id(0), runs_at, inputs, strides, extents, C)
-        cuda.gdc_wait()
-        cuda.gdc_launch_dependents()
+    wait_for_node_before(C.AHEAD > 0)
     if C.HAS_TALL:
         num_items = tl.load(work_ptr) * C.K
         ticket = num_items

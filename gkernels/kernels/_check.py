@@ -16,11 +16,16 @@ def can_run(device: torch.device) -> bool:
     return INTERPRETED if device.type == "cpu" else device.type != "cuda" or device.index == torch.cuda.current_device()
 
 
+def capability() -> int:
+    """Of the GPU that kernels are compiled for, 90 for Hopper; 0 where that is none of NVIDIA's."""
+    target = None if INTERPRETED else triton.runtime.driver.active.get_current_target()
+    return target.arch if target and target.backend == "cuda" else 0
+
+
 def registers(most: int) -> dict[str, int]:
     """Launch options for a kernel whose threads may have `most` registers each: left to itself, ptxas spills where that admits one program more to a
     multiprocessor, whether or not it is launched. AMD's compiler knows no such option, and the interpreter needs none."""
-    is_cuda = not INTERPRETED and triton.runtime.driver.active.get_current_target().backend == "cuda"
-    return {"maxnreg": most} if is_cuda else {}
+    return {"maxnreg": most} if capability() else {}
 
 
 def require(good: bool, op: str, argument: str, got: object, expected: str, error: type[Exception] = ValueError) -> None:

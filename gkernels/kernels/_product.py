@@ -21,10 +21,10 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
-from triton.language.extra import cuda
 
 from . import _check, _quantized
 from ._arrive import arrive
+from ._overlap import wait_for_node_before
 from ._tile import MOST_TOKENS, MULTIPROCESSORS, Tile, parts
 
 
@@ -92,8 +92,7 @@ def _ask(addresses):
 
 @triton.jit
 def enter(weight_ptr, scale_ptr, rows, split, C: tl.constexpr):
-    """Asks the L2 for the first lines of the weight rows [BLOCK_N] (int64) and their groups' constants, waits for the node before, and lets the next
-    one start: not sooner, or nodes further on take the places of this one's programs, which then pile up on some multiprocessors."""
+    """Asks the L2 for the first lines of the weight rows [BLOCK_N] (int64) and their groups' constants, and waits for the node before."""
     if C.LINES:
         PER_LINE: tl.constexpr = 1024 // weight_ptr.dtype.element_ty.primitive_bitwidth
         COLUMNS: tl.constexpr = 8 if C.KIND == "int4" else 1                               # in an element of the weight
@@ -103,8 +102,7 @@ def enter(weight_ptr, scale_ptr, rows, split, C: tl.constexpr):
             GROUPS: tl.constexpr = C.LINES * (max(C.BLOCK_K // C.GROUP, 1) if C.GROUP < C.K else 1)
             groups = split * C.STEPS * C.BLOCK_K // C.GROUP + tl.arange(0, GROUPS)
             _ask(scale_ptr + (tl.minimum(groups, C.K // C.GROUP - 1)[:, None] * C.N + known[None, :]))
-        cuda.gdc_wait()
-        cuda.gdc_launch_dependents()
+    wait_for_node_before(C.LINES > 0)
 
 
 @triton.jit

@@ -14,10 +14,11 @@ import triton.language as tl
 
 from ._arrive import arrive
 from ._noise import key_at
+from ._overlap import wait_for_node_before
 from ._sampling_bins import BINS, LINEAR, bin_of, bounds_of
 from ._sampling_contest import decide, enter, least_of, most_of, nobody
 from ._sampling_cut import kept_of, select, tile_of
-from ._sampling_short import GROUP, SHORT_K, list_reached, settle_groups
+from ._sampling_short import FAMILY, GROUP, SHORT_K, families, group_words, list_reached, put_families, settle_families, settle_groups
 from ._sampling_tokens import better, clean, first_best, key_of, mass_of, scaled, scores, tile_at
 
 NO_TOKEN, BAD_OPTION = 4, 8
@@ -27,7 +28,7 @@ _INF = tl.constexpr(float("inf"))
 _LOWEST = tl.constexpr(-0x7F800001)                   # the key of -inf
 _NO_TOKEN, _BAD_OPTION, _BINS, _STATE = tl.constexpr(NO_TOKEN), tl.constexpr(BAD_OPTION), tl.constexpr(BINS), tl.constexpr(STATE)
 _DONE, _COUNT, _LIST, _ROW, _SHORT = (tl.constexpr(mode) for mode in (DONE, COUNT, LIST, ROW, SHORT))
-_GROUP, _SHORT_K, _LINEAR = tl.constexpr(GROUP), tl.constexpr(SHORT_K), tl.constexpr(LINEAR)
+_GROUP, _FAMILY, _SHORT_K, _LINEAR = tl.constexpr(GROUP), tl.constexpr(FAMILY), tl.constexpr(SHORT_K), tl.constexpr(LINEAR)
 
 
 @triton.jit
@@ -86,11 +87,12 @@ def first_kernel(
     partials_ptr,      # [R, CHUNKS, 3] int64: the group of the first, the id of the second; see `draw` for the third
     counts_ptr,        # [R, BINS + 3] int32, zeros between launches: tokens a bin; programs that arrived in `first` and `reach`; tokens listed
     state_ptr,         # [R, STATE] int32: mode, greatest logit, then what `reach` finds, the cut, and what it needs
-    groups_ptr,        # [R, 2, GROUPS] int32: of each GROUP tokens the key of the greatest logit, and all masses in units of 2^-24 of its
+    groups_ptr,        # [R, group_words] int32: of each GROUP tokens the key of the greatest logit, and all masses in units of 2^-24 of its
     stride_lr,
     V: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_C: tl.constexpr, GROUPS: tl.constexpr,
-    BLOCK_G: tl.constexpr, CAPACITY: tl.constexpr, HAS_TYPICAL: tl.constexpr,
+    BLOCK_G: tl.constexpr, CAPACITY: tl.constexpr, HAS_TYPICAL: tl.constexpr, OVERLAPS: tl.constexpr,
 ):
+    wait_for_node_before(OVERLAPS)
     chunk, row = tl.program_id(0) % CHUNKS, tl.program_id(0) // CHUNKS
     state = state_ptr + row * _STATE
     if keeps_ptr is not None:
@@ -109,6 +111,9 @@ def first_kernel(
     may_be_short = (keeps_few | (top_k == V)) & (typical_p == 1.0)
     draws_here = (temperature > 0.0) & (cuts == 0) & (min_p == 0.0)
     has_groups, has_masses = (temperature > 0.0) & (draws_here == 0), (top_k == V) & (top_p < 1.0) & (typical_p == 1.0)
+    # Of few families the bound is a better one than of many, which more tokens reach
+    needs_families = may_be_short & (top_k <= families(GROUPS) // 3)
+    needs_groups = may_be_short & (top_k < V) & (needs_families == 0)
     seed, position, row_ptr = tl.load(seed_ptr + row), tl.load(position_ptr + row), logits_ptr + row.to(tl.int64) * stride_lr
     key, standing = key_at(seed, position), nobody(V, BLOCK)
     tops, at_group = tl.full((BLOCK // _GROUP,), -_INF, tl.float32), tl.full((BLOCK // _GROUP,), 0, tl.int32)
@@ -120,11 +125,14 @@ def first_kernel(
         groups, group_tops = at // _GROUP + tl.arange(0, BLOCK // _GROUP), tl.max(tile, 1)
         at_group, tops = tl.where(group_tops > tops, groups, at_group), tl.maximum(tops, group_tops)
         if has_groups:
-            tl.store(groups_ptr + row * 2 * GROUPS + groups, key_of(group_tops), groups < GROUPS)
+            tl.store(groups_ptr + row * group_words(GROUPS) + groups, key_of(group_tops), groups < GROUPS)
+            if BLOCK >= _GROUP * _FAMILY:                                          # else there are too few
+                if needs_families:
+                    put_families(groups_ptr + row * group_words(GROUPS), group_tops, at, GROUPS, BLOCK)
             if has_masses:
                 z = scaled(tile, tl.where(group_tops > -_INF, group_tops, 0.0)[:, None], temperature)
                 masses = tl.sum((tl.exp(z) * 16777216.0 + 0.5).to(tl.int32), 1)
-                tl.store(groups_ptr + (row * 2 + 1) * GROUPS + groups, masses, groups < GROUPS)
+                tl.store(groups_ptr + row * group_words(GROUPS) + GROUPS + groups, masses, groups < GROUPS)
         if draws_here:
             standing = enter(standing, most_of(x, ids, x > -_INF, reference, temperature, key), ids)
     top, group = first_best(tops, at_group, V)
@@ -145,8 +153,13 @@ def first_kernel(
         top, none, mode = greatest.to(tl.float32), greatest == -_INF, tl.full((), _DONE, tl.int32)
         is_drawn = (temperature > 0.0) & (tl.abs(greatest) < _INF)
         if is_drawn & (draws_here == 0):
-            serves, bound, least, total, scale, offset = settle_groups(
-                groups_ptr + row * 2 * GROUPS, top, temperature, top_k, top_p, min_p, may_be_short, has_masses, V, GROUPS, BLOCK_G, CAPACITY)
+            row_groups = groups_ptr + row * group_words(GROUPS)
+            if has_masses | needs_groups:
+                serves, bound, least, total, scale, offset = settle_groups(
+                    row_groups, top, temperature, top_k, top_p, min_p, may_be_short, has_masses, V, GROUPS, BLOCK_G, CAPACITY)
+            else:
+                serves, bound, least, total, scale, offset = settle_families(row_groups, top, temperature, top_k, min_p, may_be_short, V, GROUPS,
+                                                                             BLOCK, CAPACITY)
             mode = tl.where(serves, _SHORT, tl.where(cuts, _COUNT, _LIST))
             tl.store(state + 12, tl.where(serves, bound, scale.to(tl.int32, bitcast=True)))
             tl.store(state + 13, tl.where(serves, least.to(tl.int32, bitcast=True), offset))
@@ -176,8 +189,9 @@ def reach_kernel(
     list_ids_ptr,      # [R, ROOM] int32
     stride_lr,
     V: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_C: tl.constexpr, GROUPS: tl.constexpr,
-    CAPACITY: tl.constexpr, ROOM: tl.constexpr, HAS_TYPICAL: tl.constexpr,
+    CAPACITY: tl.constexpr, ROOM: tl.constexpr, HAS_TYPICAL: tl.constexpr, OVERLAPS: tl.constexpr,
 ):
+    wait_for_node_before(OVERLAPS)
     chunk, row = tl.program_id(0) % CHUNKS, tl.program_id(0) // CHUNKS
     state, counts_ptr, row_ptr = state_ptr + row * _STATE, counts_ptr + row * (_BINS + 3), logits_ptr + row.to(tl.int64) * stride_lr
     mode, top, one, two = tl.load(state), tl.load(state + 1).to(tl.float32, bitcast=True), tl.load(state + 12), tl.load(state + 13)
@@ -187,8 +201,8 @@ def reach_kernel(
     temperature, top_k, top_p, _, typical_p, _ = options_of(row, options, V, HAS_TYPICAL)
     if mode == _SHORT:
         lists = row.to(tl.int64) * ROOM
-        list_reached(row_ptr, groups_ptr + row * 2 * GROUPS, list_x_ptr + lists, list_ids_ptr + lists, counts_ptr + _BINS + 2, top, temperature, one,
-                     two.to(tl.float32, bitcast=True), chunk * (CHUNK // _GROUP), V, BLOCK, GROUPS, CHUNK // _GROUP, CAPACITY)
+        list_reached(row_ptr, groups_ptr + row * group_words(GROUPS), list_x_ptr + lists, list_ids_ptr + lists, counts_ptr + _BINS + 2, top,
+                     temperature, one, two.to(tl.float32, bitcast=True), chunk * (CHUNK // _GROUP), V, BLOCK, GROUPS, CHUNK // _GROUP, CAPACITY)
     else:
         scale, offset, bins = one.to(tl.float32, bitcast=True), two, tl.arange(0, _BINS)
         zeros = tl.zeros((BLOCK,), tl.float32)
@@ -229,7 +243,9 @@ def draw_kernel(
     partials_ptr,      # [R, CHUNKS, 3]: mass surely kept, id of the greatest score, mass that counts in the total only
     counts_ptr, state_ptr, list_x_ptr, list_ids_ptr, stride_lr,                                                      # as in reach_kernel
     V: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr, ROOM: tl.constexpr, HAS_TYPICAL: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
+    wait_for_node_before(OVERLAPS)
     chunk, row = tl.program_id(0) % CHUNKS, tl.program_id(0) // CHUNKS
     state, row_ptr = state_ptr + row * _STATE, logits_ptr + row.to(tl.int64) * stride_lr
     if tl.load(state) != _LIST:
@@ -275,8 +291,9 @@ def select_kernel(
     logits_ptr, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, typical_p_ptr, seed_ptr, position_ptr, out_ptr,    # as in first_kernel
     scores_ptr, partials_ptr, counts_ptr, state_ptr, list_x_ptr, list_ids_ptr, stride_lr,                            # as in draw_kernel
     V: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_C: tl.constexpr, CAPACITY: tl.constexpr, ROOM: tl.constexpr,
-    RANKED: tl.constexpr, HAS_TYPICAL: tl.constexpr,
+    RANKED: tl.constexpr, HAS_TYPICAL: tl.constexpr, OVERLAPS: tl.constexpr,
 ):
+    wait_for_node_before(OVERLAPS)
     row = tl.program_id(0)
     state, counter = state_ptr + row * _STATE, counts_ptr + row * (_BINS + 3) + _BINS + 2
     # All of it at once, before a branch depends on any

@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from ._overlap import wait_for_node_before
 from ._sampling import STATE, options_of, sum_of
 from ._sampling_cut import kept_of
 from ._sampling_tokens import mass_of, scaled, tile_at
@@ -18,8 +19,9 @@ def probs_kernel(
     probs_ptr,         # [R, V]
     stride_lr, stride_pr,
     V: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_C: tl.constexpr, HAS_TYPICAL: tl.constexpr,
-    IS_SECOND: tl.constexpr,
+    IS_SECOND: tl.constexpr, OVERLAPS: tl.constexpr,
 ):
+    wait_for_node_before(OVERLAPS)
     chunk, row = tl.program_id(0) % CHUNKS, tl.program_id(0) // CHUNKS
     state = state_ptr + row * _STATE
     options = (temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, typical_p_ptr)

@@ -12,6 +12,7 @@ import torch
 import triton
 
 from . import _check, _int4
+from ._overlap import overlaps
 from ._quantized import PLAIN, Kind
 
 MOST_TOKENS = 64          # above it cuBLAS is 1.2 to 4 times faster on the H200; below, this is level with it or faster at most shapes
@@ -55,19 +56,8 @@ class Tile(NamedTuple):
         overlap = {"launch_pdl": True} if self.LINES else {}
         # 255 registers, or sm_80 spills at 72; but on Hopper, which does not, the node of q, k and v would take 218 instead of 79. There converted
         # weights spill, at 48 in tiles of 16 rows, at 168 beside 32 tokens
-        is_free = capability() // 10 == 9 and self.KIND == "plain"
+        is_free = _check.capability() // 10 == 9 and self.KIND == "plain"
         return dict(num_warps=self.num_warps, num_stages=self.num_stages) | overlap | ({} if is_free else _check.registers(255))
-
-
-def capability() -> int:
-    """Of the GPU that kernels are compiled for, 90 for Hopper; 0 where that is none of NVIDIA's."""
-    target = None if _check.INTERPRETED else triton.runtime.driver.active.get_current_target()
-    return target.arch if target and target.backend == "cuda" else 0
-
-
-def overlaps() -> bool:
-    """Whether nodes of a graph may overlap on the device that kernels are compiled for."""
-    return capability() >= 90
 
 
 def parts(N: int, dtype: torch.dtype, splits: bool) -> int:
@@ -86,11 +76,11 @@ def tile(T: int, N: int, K: int, dtype: torch.dtype, splits: bool, group: tuple[
     else:
         BLOCK_N, TILES = group or _rows(N, dtype, splits)
         BLOCK_M, BLOCK_K, SPLITS, num_warps, num_stages = _block(T, K, dtype, splits, BLOCK_N, TILES, kind)
-    STEPS, arch = triton.cdiv(triton.cdiv(K, BLOCK_K), SPLITS), capability()
-    lines = min(STEPS * kind.bytes(1, BLOCK_K, dtype), AHEAD_BYTES) // 128
+    STEPS, arch = triton.cdiv(triton.cdiv(K, BLOCK_K), SPLITS), _check.capability()
+    lines = max(min(STEPS * kind.bytes(1, BLOCK_K, dtype), AHEAD_BYTES) // 128, 1)
     is_even = N == BLOCK_N * TILES and K == BLOCK_K * SPLITS * STEPS
     return Tile(N, K, TILES, BLOCK_M, BLOCK_N, BLOCK_K, SPLITS, SPLITS > 1 and T > MOST_TOKENS, T <= BLOCK_M, STEPS, is_even,
-                1 << (lines.bit_length() - 1) if overlaps() and lines else 0, kind.name, kind.group, kind.row(K),
+                1 << (lines.bit_length() - 1) if overlaps() else 0, kind.name, kind.group, kind.row(K),
                 arch > 0 and dtype != torch.float32, num_warps, num_stages)
 
 
@@ -108,7 +98,7 @@ def _rows(N, dtype, splits):
 
 def _block(T, K, dtype, splits, BLOCK_N, TILES, kind):
     """(BLOCK_M, BLOCK_K, SPLITS, num_warps, num_stages)"""
-    half, arch = dtype != torch.float32, capability()
+    half, arch = dtype != torch.float32, _check.capability()
     hopper = half and arch // 10 == 9
     # Tiles of 128 x 128 spill but on Hopper, which reads them from shared memory
     BLOCK_K = next((b for b in (128, 64) if K % b == 0 and half and (b * BLOCK_N <= 8192 or hopper)), 32 if half or BLOCK_N < 128 else 16)

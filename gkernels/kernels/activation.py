@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from . import _check
+from ._overlap import overlap, wait_for_node_before
 
 
 @triton.jit(do_not_specialize_on_alignment=["num_tokens_ptr"])
@@ -22,8 +23,9 @@ def _silu_and_mul_kernel(
     out_ptr,         # [T, F]
     num_tokens_ptr,  # [1] int32; None when every row is live
     stride_xt, stride_ot,
-    F: tl.constexpr, BLOCK_F: tl.constexpr, HAS_NUM_TOKENS: tl.constexpr,
+    F: tl.constexpr, BLOCK_F: tl.constexpr, HAS_NUM_TOKENS: tl.constexpr, OVERLAPS: tl.constexpr,
 ):
+    wait_for_node_before(OVERLAPS)
     token = tl.program_id(0).to(tl.int64)
     offs_f = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
     mask = offs_f < F
@@ -62,7 +64,7 @@ def silu_and_mul_out(x: torch.Tensor, out: torch.Tensor, num_tokens: torch.Tenso
     c = config(F)
     _silu_and_mul_kernel[(T, triton.cdiv(F, c.BLOCK_F))](
         x, out, num_tokens, x.stride(0), out.stride(0),
-        F=F, BLOCK_F=c.BLOCK_F, HAS_NUM_TOKENS=num_tokens is not None, num_warps=c.num_warps)
+        F=F, BLOCK_F=c.BLOCK_F, HAS_NUM_TOKENS=num_tokens is not None, num_warps=c.num_warps, **overlap())
 
 
 def silu_and_mul(x: torch.Tensor, num_tokens: torch.Tensor | None = None) -> torch.Tensor:

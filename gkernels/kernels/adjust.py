@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 
 from . import _check
+from ._overlap import overlap, wait_for_node_before
 from ._sampling import BAD_OPTION
 
 _INF = tl.constexpr(float("inf"))
@@ -77,8 +78,9 @@ def _adjust_kernel(
     lines, allowed_lines, stride_lr, stride_or, stride_cr, stride_pr, stride_ar,
     V: tl.constexpr, CHUNK: tl.constexpr, B: tl.constexpr, W: tl.constexpr, S: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_W: tl.constexpr,
     BLOCK_S: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_PENALTIES: tl.constexpr, HAS_ALLOWED: tl.constexpr, HAS_BANNED: tl.constexpr,
-    HAS_STOP: tl.constexpr, HAS_SLOTS: tl.constexpr, IN_PLACE: tl.constexpr,
+    HAS_STOP: tl.constexpr, HAS_SLOTS: tl.constexpr, IN_PLACE: tl.constexpr, OVERLAPS: tl.constexpr,
 ):
+    wait_for_node_before(OVERLAPS)
     chunk, row = tl.program_id(0), tl.program_id(1)
     offs_v = chunk * CHUNK + tl.arange(0, CHUNK)                                   # [CHUNK]
     mask, row64 = offs_v < V, row.to(tl.int64)
@@ -240,7 +242,7 @@ def adjust_out(logits: torch.Tensor, adjustments: Adjustments, seq_lens: torch.T
         0 if a.allowed is None else len(a.allowed), logits.stride(0), out.stride(0), stride(a.counts), stride(a.prompt), stride(a.allowed),
         V=V, CHUNK=c.CHUNK, B=B, W=W, S=S, BLOCK_B=block(B), BLOCK_W=block(W), BLOCK_S=block(S), HAS_BIAS=B > 0,
         HAS_PENALTIES=a.repetition is not None, HAS_ALLOWED=a.allowed is not None, HAS_BANNED=W > 0, HAS_STOP=S > 0,
-        HAS_SLOTS=a.slots is not None, IN_PLACE=in_place, num_warps=c.num_warps)
+        HAS_SLOTS=a.slots is not None, IN_PLACE=in_place, num_warps=c.num_warps, **overlap())
 
 
 def adjust(logits: torch.Tensor, adjustments: Adjustments, seq_lens: torch.Tensor, status: torch.Tensor) -> torch.Tensor:

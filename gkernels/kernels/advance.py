@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 
 from . import _check
+from ._overlap import overlap, wait_for_node_before
 
 STOP, LENGTH, ERROR = 1, 2, 4
 MAX_R = 4096
@@ -49,7 +50,9 @@ def _advance_kernel(
     history_ptr,       # [lines, L], or None
     R, depth, lines, L, stride_cs, stride_hs,
     V: tl.constexpr, S: tl.constexpr, BLOCK_R: tl.constexpr, HAS_SLOTS: tl.constexpr, HAS_COUNTS: tl.constexpr, HAS_HISTORY: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
+    wait_for_node_before(OVERLAPS)
     offs_r = tl.arange(0, BLOCK_R)                                                 # [BLOCK_R]
     mask = offs_r < R
     step = tl.load(step_ptr)
@@ -127,4 +130,4 @@ def advance(tokens: torch.Tensor, status: torch.Tensor, state: State, vocab_size
         tokens, status, s.emits, s.stop_ids, s.max_tokens, s.max_lens, s.token_ids, s.seq_lens, s.generated, s.ended, s.flags, s.ring, s.step,
         s.running, s.slots, s.counts, s.history, R, s.ring.shape[0], lines, 0 if s.history is None else s.history.shape[1], stride(s.counts),
         stride(s.history), V=vocab_size, S=s.stop_ids.shape[1], BLOCK_R=triton.next_power_of_2(R), HAS_SLOTS=s.slots is not None,
-        HAS_COUNTS=s.counts is not None, HAS_HISTORY=s.history is not None, num_warps=4)
+        HAS_COUNTS=s.counts is not None, HAS_HISTORY=s.history is not None, num_warps=4, **overlap())

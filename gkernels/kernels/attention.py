@@ -26,7 +26,7 @@ import triton
 
 from . import _check
 from ._attention import _attention_kernel
-from ._tile import overlaps
+from ._overlap import overlaps
 from .schedule import RECORD, RUN_SPANS, Tiling, schedule
 
 LOG2_E = 1.4426950408889634

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from . import _check
+from ._overlap import overlap, wait_for_node_before
 
 
 @triton.jit(do_not_specialize=["V"], do_not_specialize_on_alignment=["ids_ptr", "num_tokens_ptr"])
@@ -25,7 +26,9 @@ def _embedding_kernel(
     V,
     stride_wv, stride_ot,
     D: tl.constexpr, PADDING_INDEX: tl.constexpr, BLOCK_D: tl.constexpr, HAS_NUM_TOKENS: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
+    wait_for_node_before(OVERLAPS)
     token = tl.program_id(0).to(tl.int64)
     offs_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     mask = offs_d < D
@@ -74,7 +77,8 @@ def embedding_out(ids: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, nu
     c = config(D)
     _embedding_kernel[(T, triton.cdiv(D, c.BLOCK_D))](
         ids, weight, out, num_tokens, V, weight.stride(0), out.stride(0),
-        D=D, PADDING_INDEX=padding_index, BLOCK_D=c.BLOCK_D, HAS_NUM_TOKENS=num_tokens is not None, num_warps=c.num_warps)
+        D=D, PADDING_INDEX=padding_index, BLOCK_D=c.BLOCK_D, HAS_NUM_TOKENS=num_tokens is not None, num_warps=c.num_warps,
+        **overlap())
 
 
 def embedding(ids: torch.Tensor, weight: torch.Tensor, num_tokens: torch.Tensor | None = None,

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 
 from . import _check
+from ._overlap import overlap, wait_for_node_before
 
 MAX_R = 4096
 
@@ -36,8 +37,9 @@ def _expand_kernel(
     query_start_loc_ptr,    # [R + 1]
     rows_seq_lens_ptr,      # [R]
     R, T, stride_dr,
-    K: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_T: tl.constexpr,
+    K: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_T: tl.constexpr, OVERLAPS: tl.constexpr,
 ):
+    wait_for_node_before(OVERLAPS)
     offs_r, offs_t = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_T)                 # [BLOCK_R], [BLOCK_T]
     mask = offs_r < R
     length = tl.maximum(tl.load(seq_lens_ptr + offs_r, mask, other=0), 0)
@@ -96,7 +98,7 @@ def expand_out(token_ids: torch.Tensor, seq_lens: torch.Tensor, draft: torch.Ten
     for name, t in vars(out).items():
         _check.tensor(op, f"out.{name}", t, (sizes.get(name, T),), int32, device, aligned=False)
     _expand_kernel[(1,)](token_ids, seq_lens, draft, draft_len, limits, *vars(out).values(), R, T, draft.stride(0),
-                         K=K, BLOCK_R=triton.next_power_of_2(R), BLOCK_T=512, num_warps=4)
+                         K=K, BLOCK_R=triton.next_power_of_2(R), BLOCK_T=512, num_warps=4, **overlap())
 
 
 def expand(token_ids: torch.Tensor, seq_lens: torch.Tensor, draft: torch.Tensor, draft_len: torch.Tensor, limits: torch.Tensor) -> Rows:

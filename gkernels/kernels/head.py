@@ -21,6 +21,7 @@ import triton.language as tl
 
 from . import _check, _product, _tile, linear
 from ._noise import key_at
+from ._overlap import overlap, wait_for_node_before
 from ._product import Scaled
 from ._quantized import PLAIN, Kind, Quantized, check_weight
 from ._sampling import BAD_OPTION, NO_TOKEN
@@ -112,8 +113,9 @@ def _settle_kernel(
     seq_lens_ptr,      # [R] int32
     status_ptr,        # [R] int32, read and written
     out_ptr,           # [R] int32
-    V: tl.constexpr, TILES: tl.constexpr, BLOCK: tl.constexpr,
+    V: tl.constexpr, TILES: tl.constexpr, BLOCK: tl.constexpr, OVERLAPS: tl.constexpr,
 ):
+    wait_for_node_before(OVERLAPS)
     row = tl.program_id(0)
     if keeps_ptr is not None:
         if tl.load(keeps_ptr + row) != 0:
@@ -152,7 +154,7 @@ def config(R: int, V: int, K: int, dtype: torch.dtype, kind: Kind = PLAIN) -> Ti
     """norm_linear's, but for what no bit depends on. Beside the sums the contest holds two more tiles: with 4 warps 32 rows spilled 972 bytes on
     sm_100, 64 rows 904 on Hopper, and gfx942 spills at 32 with any. Weights that Hopper converts stay at 16 rows, whose 2 warps 8 would change for
     another instruction, with other bits."""
-    c, arch = linear.config(R, V, K, dtype, kind=kind), _tile.capability()
+    c, arch = linear.config(R, V, K, dtype, kind=kind), _check.capability()
     BLOCK_M = min(c.BLOCK_M, 16 if not arch or (arch // 10 == 9 and kind != PLAIN) else 64)
     return c._replace(BLOCK_M=BLOCK_M, num_warps=8 if BLOCK_M > 16 else c.num_warps)
 
@@ -190,7 +192,8 @@ def draw_out(scaled: Scaled, weight: torch.Tensor | Quantized, eps: float, tempe
     w = (workspace.tops, workspace.top_ids, workspace.scores, workspace.score_ids)
     _head_kernel[c.grid(R)](x, scaled.squares, index, stored, weight_scale, bias, temperature, seed, position, keeps, logits, *w, R, X, x.stride(0),
                             0 if logits is None else logits.stride(0), eps, PARTS=parts, C=c, **c.options())
-    _settle_kernel[(R,)](*w, temperature, keeps, seq_lens, status, out, V=V, TILES=c.TILES, BLOCK=triton.next_power_of_2(c.TILES), num_warps=4)
+    _settle_kernel[(R,)](*w, temperature, keeps, seq_lens, status, out, V=V, TILES=c.TILES, BLOCK=triton.next_power_of_2(c.TILES), num_warps=4,
+                         **overlap())
 
 
 def draw(scaled: Scaled, weight: torch.Tensor | Quantized, eps: float, temperature: torch.Tensor, seed: torch.Tensor, position: torch.Tensor,

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 
 from . import _check
+from ._overlap import overlap, wait_for_node_before
 
 MAX_D = 1024
 
@@ -38,8 +39,9 @@ def _kv_write_kernel(
     num_pages,
     stride_kt, stride_kh, stride_vt, stride_vh, stride_kcn, stride_kcp, stride_kch, stride_vcn, stride_vcp, stride_vch,
     PAGE_SIZE: tl.constexpr, K: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, OVERLAPS: tl.constexpr,
 ):
+    wait_for_node_before(OVERLAPS)
     token = tl.program_id(0).to(tl.int64)
     slot = tl.load(slot_mapping_ptr + token)
     k_offset, is_slot = locate_slot(slot, num_pages, stride_kcn, stride_kcp, PAGE_SIZE)
@@ -97,4 +99,4 @@ def kv_write(k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor, v_cache: t
     c = config(K, D, DV)
     _kv_write_kernel[(T,)](
         k, v, k_cache, v_cache, slot_mapping, N, *k.stride()[:2], *v.stride()[:2], *k_cache.stride()[:3], *v_cache.stride()[:3],
-        PAGE_SIZE=P, K=K, D=D, DV=DV, BLOCK_K=c.BLOCK_K, BLOCK_D=c.BLOCK_D, BLOCK_DV=c.BLOCK_DV, num_warps=c.num_warps)
+        PAGE_SIZE=P, K=K, D=D, DV=DV, BLOCK_K=c.BLOCK_K, BLOCK_D=c.BLOCK_D, BLOCK_DV=c.BLOCK_DV, num_warps=c.num_warps, **overlap())

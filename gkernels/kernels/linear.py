@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 
 from . import _check, _product, _tile
+from ._overlap import overlap, wait_for_node_before
 from ._product import Scaled, Workspace
 from ._quantized import PLAIN, Kind, Quantized, check_weight
 from ._tile import MOST_TOKENS, Tile
@@ -68,6 +69,8 @@ def _linear_kernel(
         residual = tl.load(out, mask_out & mask_x[None, :], other=0.0).to(tl.float32)
     if squares_ptr is not None:
         squares = _product.load_squares(squares_ptr, rows_x, mask_x, PARTS)
+    if norm_ptr is not None:    # early too: nobody has read it since the step before, so it comes from memory
+        norm = tl.load(norm_ptr + offs_n, offs_n < C.N, other=0.0)
     rows, zero = offs_n.to(tl.int64), (T >> 31).to(tl.float32)
     if C.SERIAL:
         acc = _product.serial_sums(x_ptr, weight_ptr, scale_ptr, rows, rows_x, mask_x, stride_xt, zero, C)
@@ -91,8 +94,7 @@ def _linear_kernel(
     tl.store(out, rounded, mask_out)
     if norm_ptr is not None:
         rounded = rounded.to(tl.float32)
-        norm = tl.load(norm_ptr + offs_n, offs_n < C.N, other=0.0).to(tl.float32)[:, None]
-        tl.store(scaled, tl.where(mask_live[None, :], rounded * norm, 0.0).to(out_ptr.dtype.element_ty), mask_out)
+        tl.store(scaled, tl.where(mask_live[None, :], rounded * norm.to(tl.float32)[:, None], 0.0).to(out_ptr.dtype.element_ty), mask_out)
         tl.store(scaled_squares_ptr + offs_m.to(tl.int64) * C.TILES + pid_n, _product.column_sums(rounded * rounded), mask_live)
 
 
@@ -101,8 +103,9 @@ def _zero_pads_kernel(
     out_ptr,           # [T, N]
     num_tokens_ptr,    # [1] int32
     stride_ot,
-    N: tl.constexpr, BLOCK_N: tl.constexpr,
+    N: tl.constexpr, BLOCK_N: tl.constexpr, OVERLAPS: tl.constexpr,
 ):
+    wait_for_node_before(OVERLAPS)
     token = tl.program_id(0)
     if token >= tl.load(num_tokens_ptr):
         for n in range(0, N, BLOCK_N):
@@ -129,7 +132,7 @@ def _torch_linear(x, weight, bias, out, num_tokens):
         torch.mm(x, weight.T, out=out)
     if num_tokens is not None:
         T, N = out.shape
-        _zero_pads_kernel[(T,)](out, num_tokens, out.stride(0), N=N, BLOCK_N=min(triton.next_power_of_2(N), 4096), num_warps=4)
+        _zero_pads_kernel[(T,)](out, num_tokens, out.stride(0), N=N, BLOCK_N=min(triton.next_power_of_2(N), 4096), num_warps=4, **overlap())
 
 
 def _launch(op, x, checked, out, bias, num_tokens, workspace, squares=None, parts=0, eps=0.0, index=None, is_residual=False, norm=None, scaled=None,

@@ -18,6 +18,7 @@ import triton.language as tl
 
 from . import _check
 from ._arrive import arrive
+from ._overlap import overlap, wait_for_node_before
 from ._sampling_tokens import clean, key_of, logit_of
 
 MAX_V = 262144
@@ -56,8 +57,9 @@ def _logprobs_kernel(
     top_ids_ptr,       # [R, N]
     top_logprobs_ptr,  # [R, N]
     stride_lr,
-    V: tl.constexpr, N: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_M: tl.constexpr,
+    V: tl.constexpr, N: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_M: tl.constexpr, OVERLAPS: tl.constexpr,
 ):
+    wait_for_node_before(OVERLAPS)
     chunk, row = tl.program_id(0), tl.program_id(1)
     if tl.load(seq_lens_ptr + row) <= 0:
         if chunk == 0:
@@ -175,7 +177,7 @@ def logprobs_out(logits: torch.Tensor, seq_lens: torch.Tensor, token: torch.Tens
         return
     _logprobs_kernel[(chunks, R)](
         logits, seq_lens, token, *vars(workspace).values(), *vars(out).values(), logits.stride(0), V=V, N=n, CHUNK=c.CHUNK, CHUNKS=chunks,
-        BLOCK_C=triton.next_power_of_2(chunks), BLOCK_M=triton.next_power_of_2(max(chunks * n, 1)), num_warps=c.num_warps)
+        BLOCK_C=triton.next_power_of_2(chunks), BLOCK_M=triton.next_power_of_2(max(chunks * n, 1)), num_warps=c.num_warps, **overlap())
 
 
 def logprobs(logits: torch.Tensor, seq_lens: torch.Tensor, token: torch.Tensor, n: int) -> Logprobs:

@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 
 from . import _check
+from ._overlap import overlap, wait_for_node_before
 
 MAX_D = 1024
 
@@ -34,7 +35,9 @@ def _merge_kernel(
     num_tokens_ptr,    # [1] int32; None when every row is live
     stride_at, stride_ah, stride_alt, stride_alh, stride_bt, stride_bh, stride_blt, stride_blh, stride_ot, stride_oh, stride_lt, stride_lh,
     H: tl.constexpr, D: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr, HAS_LSE: tl.constexpr, HAS_NUM_TOKENS: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
+    wait_for_node_before(OVERLAPS)
     token, offs_d = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK_D)[None, :]
     offs_h = (tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)).to(tl.int64)                        # [BLOCK_H]
     mask_h = offs_h < H
@@ -101,7 +104,7 @@ def merge_out(a: torch.Tensor, a_lse: torch.Tensor, b: torch.Tensor, b_lse: torc
         a, a_lse, b, b_lse, out, lse, num_tokens,
         *a.stride()[:2], *a_lse.stride(), *b.stride()[:2], *b_lse.stride(), *out.stride()[:2], *((0, 0) if lse is None else lse.stride()),
         H=H, D=D, BLOCK_H=c.BLOCK_H, BLOCK_D=c.BLOCK_D, HAS_LSE=lse is not None, HAS_NUM_TOKENS=num_tokens is not None,
-        num_warps=c.num_warps)
+        num_warps=c.num_warps, **overlap())
 
 
 def merge(a: torch.Tensor, a_lse: torch.Tensor, b: torch.Tensor, b_lse: torch.Tensor,

@@ -21,6 +21,7 @@ import triton.language as tl
 
 from . import _check
 from ._arrive import arrive
+from ._overlap import overlap, wait_for_node_before
 
 MAX_N = 64
 MAX_K = 1024                                          # a key has 15 bits for each of the two; 32 for a place
@@ -39,7 +40,9 @@ def _ngram_kernel(
     draft_len_ptr,     # [R]
     L, lines, stride_hl, stride_dr,
     MIN_N: tl.constexpr, MAX_N: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, HAS_SLOTS: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
+    wait_for_node_before(OVERLAPS)
     block, row = tl.program_id(0), tl.program_id(1)
     offs_k = tl.arange(0, BLOCK_K)                                                # [BLOCK_K]
     draft = draft_ptr + row.to(tl.int64) * stride_dr + offs_k
@@ -119,7 +122,8 @@ def ngram_out(history: torch.Tensor, lengths: torch.Tensor, max_draft: torch.Ten
     c, K = config(L), draft.shape[1]
     _ngram_kernel[(max(triton.cdiv(L, c.BLOCK), 1), R)](
         history, lengths, max_draft, slots, workspace.keys, workspace.counts, draft, draft_len, L, lines, history.stride(0), draft.stride(0),
-        MIN_N=min_n, MAX_N=max_n, K=K, BLOCK=c.BLOCK, BLOCK_K=triton.next_power_of_2(K), HAS_SLOTS=slots is not None, num_warps=c.num_warps)
+        MIN_N=min_n, MAX_N=max_n, K=K, BLOCK=c.BLOCK, BLOCK_K=triton.next_power_of_2(K), HAS_SLOTS=slots is not None, num_warps=c.num_warps,
+        **overlap())
 
 
 def ngram(history: torch.Tensor, lengths: torch.Tensor, max_draft: torch.Tensor, min_n: int, max_n: int, K: int,

@@ -62,6 +62,8 @@ def _norm_qkv_kernel(
     HALF: tl.constexpr = C.BLOCK_N // 2
     REST: tl.constexpr = (D - 2 * ROTARY + 1) // 2          # what is not rotated lies in pairs too, of which the last may be half a pair
     CUTS: tl.constexpr = C.TILES // (H + 2 * KV)            # tiles a head
+    # Whether angles are loaded before the sums: beside converted weights and whole heads of 128 they spill
+    IS_EARLY: tl.constexpr = C.KIND == "plain" and C.BLOCK_N <= 64
     pid_m, pid_n, split, tile = _product.place(T, C)
     head, first_pair = pid_n // CUTS, pid_n % CUTS * HALF
     offs_m, offs_n, pair = pid_m * C.BLOCK_M + tl.arange(0, C.BLOCK_M), tl.arange(0, C.BLOCK_N), first_pair + tl.arange(0, HALF)
@@ -88,6 +90,14 @@ def _norm_qkv_kernel(
                 return
             mask_x = offs_m < live
     squares = _product.load_squares(squares_ptr, offs_m, mask_x, PARTS)
+    # Early, since each would keep a finished tile waiting for 0.5 us; pads' are masked where they are used
+    position = tl.load(positions_ptr + offs_m, mask_x, other=0).to(tl.int64)[None, :]
+    slot = tl.load(slot_mapping_ptr + offs_m, mask_x, other=-1)[None, :]
+    is_known = (position >= 0) & (position < max_len)
+    angles = cos_sin_ptr + tl.where(is_known, position, 0) * (2 * ROTARY) + pair[:, None]
+    is_turned = is_rotary & is_known & (head < H + KV)
+    if IS_EARLY:
+        cos, sin = tl.load(angles, is_turned, other=1.0), tl.load(angles + ROTARY, is_turned, other=0.0)
     zero = (T >> 31).to(tl.float32)
     if C.SERIAL:
         acc = _product.serial_sums(x_ptr, weight_ptr, scale_ptr, rows, offs_m, mask_x, stride_xt, zero, C)
@@ -110,11 +120,8 @@ def _norm_qkv_kernel(
                 first *= scale * tl.load(k_norm_ptr + offs_first, is_first, other=0.0).to(tl.float32)
                 second *= scale * tl.load(k_norm_ptr + offs_second, is_second, other=0.0).to(tl.float32)
     if head < H + KV:
-        position = tl.load(positions_ptr + offs_m, mask_live, other=0).to(tl.int64)[None, :]
-        is_known = (position >= 0) & (position < max_len)
-        angles = cos_sin_ptr + tl.where(is_known, position, 0) * (2 * ROTARY) + pair[:, None]
-        cos = tl.load(angles, is_rotary & is_known, other=1.0)
-        sin = tl.load(angles + ROTARY, is_rotary & is_known, other=0.0)
+        if not IS_EARLY:
+            cos, sin = tl.load(angles, is_turned, other=1.0), tl.load(angles + ROTARY, is_turned, other=0.0)
         # explicit fma, here and above: the bits do not depend on which of the two products a compiler would fuse
         turned, nan = tl.fma(first, cos, -(second * sin)), float("nan")
         second = tl.where(is_known, tl.where(is_rotary, tl.fma(second, cos, first * sin), second), nan)
@@ -123,7 +130,7 @@ def _norm_qkv_kernel(
         first, second = tl.where(mask_live[None, :], first, 0.0), tl.where(mask_live[None, :], second, 0.0)
         _store_pairs(q_out, first, second, offs_first, offs_second, is_first & is_token, is_second & is_token)
     else:
-        slot = tl.load(slot_mapping_ptr + offs_m, mask_live, other=-1)[None, :]
+        slot = tl.where(mask_live[None, :], slot, -1)
         if head < H + KV:
             offset, is_slot = locate_slot(slot, num_pages, stride_kcn, stride_kcp, PAGE_SIZE)
             k_tile = k_cache_ptr + offset + (head - H).to(tl.int64) * stride_kch

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 
 from . import _check
+from ._overlap import overlap, wait_for_node_before
 from ._product import Scaled, check_scaled
 
 MAX_D = 16384
@@ -30,7 +31,9 @@ def _rmsnorm_kernel(
     stride_xt, stride_xh, stride_rt, stride_ot, stride_oh,
     eps,
     H: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_NUM_TOKENS: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
+    wait_for_node_before(OVERLAPS)
     row = tl.program_id(0)
     token, head = (row // H).to(tl.int64), (row % H).to(tl.int64)
     offs_d = tl.arange(0, BLOCK_D)
@@ -62,8 +65,9 @@ def _scale_kernel(
     squares_ptr,       # [T, PARTS]
     num_tokens_ptr,    # [1] int32; None when every row is live
     stride_xt, stride_ot,
-    D: tl.constexpr, PARTS: tl.constexpr, BLOCK_D: tl.constexpr,
+    D: tl.constexpr, PARTS: tl.constexpr, BLOCK_D: tl.constexpr, OVERLAPS: tl.constexpr,
 ):
+    wait_for_node_before(OVERLAPS)
     token = tl.program_id(0).to(tl.int64)
     offs_d, offs_p = tl.arange(0, BLOCK_D), tl.arange(0, triton.next_power_of_2(PARTS))
     is_live = True
@@ -106,7 +110,8 @@ def _launch(op, x, residual, weight, eps, out, num_tokens):
     _rmsnorm_kernel[(T * H,)](
         x, residual, weight, out, num_tokens,
         x.stride(0), x.stride(1) if rank3 else 0, 0 if residual is None else residual.stride(0), out.stride(0), out.stride(1) if rank3 else 0,
-        eps, H=H, D=D, BLOCK_D=c.BLOCK_D, HAS_RESIDUAL=residual is not None, HAS_NUM_TOKENS=num_tokens is not None, num_warps=c.num_warps)
+        eps, H=H, D=D, BLOCK_D=c.BLOCK_D, HAS_RESIDUAL=residual is not None, HAS_NUM_TOKENS=num_tokens is not None, num_warps=c.num_warps,
+        **overlap())
 
 
 def rmsnorm_out(x: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tensor, num_tokens: torch.Tensor | None = None) -> None:
@@ -148,4 +153,5 @@ def scale(x: torch.Tensor, weight: torch.Tensor, scaled: Scaled, num_tokens: tor
     if T == 0:
         return
     c = config(D)
-    _scale_kernel[(T,)](x, weight, *scaled, num_tokens, x.stride(0), scaled.x.stride(0), D=D, PARTS=parts, BLOCK_D=c.BLOCK_D, num_warps=c.num_warps)
+    _scale_kernel[(T,)](x, weight, *scaled, num_tokens, x.stride(0), scaled.x.stride(0), D=D, PARTS=parts, BLOCK_D=c.BLOCK_D, num_warps=c.num_warps,
+                        **overlap())

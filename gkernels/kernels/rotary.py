@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 
 from . import _check
+from ._overlap import overlap, wait_for_node_before
 from .kv_cache import check_cache, locate_slot
 
 MAX_D = 256
@@ -187,8 +188,9 @@ def _rotary_kernel(
     max_len,
     stride_qt, stride_qh, stride_kt, stride_kh, stride_qot, stride_qoh, stride_kot, stride_koh,
     G: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, IS_INTERLEAVED: tl.constexpr, HAS_NUM_TOKENS: tl.constexpr,
-    BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_HALF: tl.constexpr, TILES: tl.constexpr,
+    BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_HALF: tl.constexpr, TILES: tl.constexpr, OVERLAPS: tl.constexpr,
 ):
+    wait_for_node_before(OVERLAPS)
     token, kv_head, tile = tl.program_id(0).to(tl.int64), (tl.program_id(1) // TILES).to(tl.int64), tl.program_id(1) % TILES
     head, heads, kv_heads = kv_head * G + tile * BLOCK_G, G - tile * BLOCK_G, (tile == 0).to(tl.int32)
     q_out = q_out_ptr + token * stride_qot + head * stride_qoh
@@ -228,8 +230,9 @@ def _rotary_kv_write_kernel(
     stride_kcn, stride_kcp, stride_kch, stride_vcn, stride_vcp, stride_vch, stride_qot, stride_qoh,
     PAGE_SIZE: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, HALF: tl.constexpr,
     IS_INTERLEAVED: tl.constexpr, HAS_NUM_TOKENS: tl.constexpr,
-    BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_DV: tl.constexpr, TILES: tl.constexpr,
+    BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_DV: tl.constexpr, TILES: tl.constexpr, OVERLAPS: tl.constexpr,
 ):
+    wait_for_node_before(OVERLAPS)
     token, kv_head, tile = tl.program_id(0).to(tl.int64), (tl.program_id(1) // TILES).to(tl.int64), tl.program_id(1) % TILES
     head, heads = kv_head * G + tile * BLOCK_G, G - tile * BLOCK_G
     q_out = q_out_ptr + token * stride_qot + head * stride_qoh
@@ -299,7 +302,7 @@ def rotary_out(q: torch.Tensor, k: torch.Tensor, positions: torch.Tensor, cos_si
         q, k, positions, cos_sin, q_out, k_out, num_tokens, L,
         *q.stride()[:2], *k.stride()[:2], *q_out.stride()[:2], *k_out.stride()[:2],
         G=H // K, D=D, HALF=rotary_dim // 2, IS_INTERLEAVED=interleaved, HAS_NUM_TOKENS=num_tokens is not None,
-        BLOCK_G=c.BLOCK_G, BLOCK_D=c.BLOCK_D, BLOCK_HALF=c.BLOCK_HALF, TILES=c.TILES, num_warps=c.num_warps)
+        BLOCK_G=c.BLOCK_G, BLOCK_D=c.BLOCK_D, BLOCK_HALF=c.BLOCK_HALF, TILES=c.TILES, num_warps=c.num_warps, **overlap())
 
 
 def rotary(q: torch.Tensor, k: torch.Tensor, positions: torch.Tensor, cos_sin: torch.Tensor, interleaved: bool = False,
@@ -332,4 +335,4 @@ def rotary_kv_write(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, positions
         *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *k_cache.stride()[:3], *v_cache.stride()[:3], *q_out.stride()[:2],
         PAGE_SIZE=P, G=H // K, D=D, DV=DV, HALF=rotary_dim // 2, IS_INTERLEAVED=interleaved, HAS_NUM_TOKENS=num_tokens is not None,
         BLOCK_G=c.BLOCK_G, BLOCK_D=c.BLOCK_D, BLOCK_HALF=c.BLOCK_HALF, BLOCK_DV=triton.next_power_of_2(DV), TILES=c.TILES,
-        num_warps=c.num_warps)
+        num_warps=c.num_warps, **overlap())

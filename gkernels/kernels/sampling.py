@@ -23,10 +23,12 @@ import torch
 import triton
 
 from . import _check
+from ._overlap import overlap
 from ._sampling import BAD_OPTION as BAD_OPTION
 from ._sampling import BINS, GROUP, STATE, draw_kernel, first_kernel, reach_kernel, select_kernel
 from ._sampling import NO_TOKEN as NO_TOKEN
 from ._sampling_probs import probs_kernel
+from ._sampling_short import group_words
 
 MULTIPROCESSORS = 132                                 # of an H100 or H200
 LEAST_CHUNK = 1024                                    # tokens
@@ -64,7 +66,7 @@ class Workspace:
     state: torch.Tensor       # int32 [R, STATE]
     list_x: torch.Tensor      # float32 [R, CAPACITY + RANKED]
     list_ids: torch.Tensor    # int32 [R, CAPACITY + RANKED]
-    groups: torch.Tensor      # int32 [R, 2, groups of tokens]
+    groups: torch.Tensor      # int32 [R, group_words]
 
     @classmethod
     def allocate(cls, R: int, V: int, device: torch.device | str) -> Workspace:
@@ -78,7 +80,7 @@ class Workspace:
         return dict(scores=((c.chunks(V), 2), torch.float64), partials=((c.chunks(V), 3), torch.int64), counts=((BINS + 3,), torch.int32),
                     state=((STATE,), torch.int32), list_x=((c.CAPACITY + RANKED,), torch.float32),
                     list_ids=((c.CAPACITY + RANKED,), torch.int32),
-                    groups=((2, triton.cdiv(V, GROUP)), torch.int32))
+                    groups=((group_words(triton.cdiv(V, GROUP)),), torch.int32))
 
 
 def check_options(temperature: float, top_k: int, top_p: float, min_p: float, vocab_size: int, typical_p: float = 1.0) -> None:
@@ -127,7 +129,7 @@ def sample_out(logits: torch.Tensor, temperature: torch.Tensor, top_k: torch.Ten
         return
     w, options, stride = workspace, (temperature, top_k, top_p, min_p, typical_p), logits.stride(0)
     chunks, groups = c.chunks(V), triton.cdiv(V, GROUP)
-    cut = dict(V=V, CHUNKS=chunks, BLOCK=c.BLOCK, HAS_TYPICAL=typical_p is not None, num_warps=c.num_warps)
+    cut = dict(V=V, CHUNKS=chunks, BLOCK=c.BLOCK, HAS_TYPICAL=typical_p is not None, num_warps=c.num_warps, **overlap())
     passes, merged, lists = cut | dict(CHUNK=c.CHUNK), dict(BLOCK_C=triton.next_power_of_2(chunks)), dict(CAPACITY=c.CAPACITY)
     room = dict(ROOM=c.CAPACITY + RANKED)
     first_kernel[(chunks * R,)](logits, *options, seed, position, seq_lens, keeps, status, out, w.scores, w.partials, w.counts, w.state, w.groups,

@@ -24,6 +24,7 @@ import triton
 import triton.language as tl
 
 from . import _check
+from ._overlap import overlap, wait_for_node_before
 
 BAD_LENGTH, BAD_PAGE = 1, 2   # bits of status; sampling adds its own
 MAX_R = 4096                  # every program holds one vector of all requests
@@ -58,8 +59,9 @@ def _schedule_kernel(
     T, R, W, N, left, num_runs, tall_slots, fills_at, short_at, runs_at, tall_at,
     P: tl.constexpr, K: tl.constexpr, SHORT_ROWS: tl.constexpr, TALL_ROWS: tl.constexpr, SHORT_LIMIT: tl.constexpr, SEGMENT: tl.constexpr,
     SPAN: tl.constexpr, RECORD: tl.constexpr, RUN_SPANS: tl.constexpr, IS_CAUSAL: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_TALL: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_T: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_T: tl.constexpr, OVERLAPS: tl.constexpr,
 ):
+    wait_for_node_before(OVERLAPS)
     r = tl.program_id(0)
     offs_r, offs_t = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_T)
     is_request = offs_r < R
@@ -286,7 +288,7 @@ def schedule_out(query_start_loc: torch.Tensor, seq_lens: torch.Tensor, block_ta
         out.work, out.status, block_table.stride(0), T, R, block_table.shape[1], num_pages, tiling.left, tiling.runs, tiling.tall_slots, *sections,
         P=page_size, K=tiling.kv_heads, SHORT_ROWS=tiling.short_rows, TALL_ROWS=tiling.tall_rows, SHORT_LIMIT=tiling.short_limit,
         SEGMENT=tiling.segment, SPAN=tiling.span, RECORD=RECORD, RUN_SPANS=RUN_SPANS, IS_CAUSAL=tiling.causal, HAS_LEFT=tiling.left >= 0,
-        HAS_TALL=tiling.has_tall, BLOCK_R=c.BLOCK_R, BLOCK_T=c.BLOCK_T, num_warps=c.num_warps)
+        HAS_TALL=tiling.has_tall, BLOCK_R=c.BLOCK_R, BLOCK_T=c.BLOCK_T, num_warps=c.num_warps, **overlap())
 
 
 def schedule(query_start_loc: torch.Tensor, seq_lens: torch.Tensor, block_table: torch.Tensor, page_size: int, num_pages: int, T: int,

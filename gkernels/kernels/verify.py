@@ -26,6 +26,7 @@ import triton.language as tl
 from . import _check
 from ._arrive import arrive
 from ._noise import gumbel
+from ._overlap import overlap, wait_for_node_before
 from .sampling import MAX_V, NO_TOKEN
 from .schedule import BAD_LENGTH
 
@@ -83,8 +84,9 @@ def _verify_kernel(
     counts_ptr,            # [R] int32, zeros between launches: chunks that arrived
     T, stride_tt, stride_pt,
     V: tl.constexpr, K: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
-    HAS_PROBS: tl.constexpr,
+    HAS_PROBS: tl.constexpr, OVERLAPS: tl.constexpr,
 ):
+    wait_for_node_before(OVERLAPS)
     chunk, request = tl.program_id(0), tl.program_id(1)
     offs_k = tl.arange(0, BLOCK_K)                                                # [BLOCK_K]
     start, end = tl.load(query_start_loc_ptr + request), tl.load(query_start_loc_ptr + request + 1)
@@ -209,7 +211,7 @@ def verify_out(draft: torch.Tensor, sampled: torch.Tensor, query_start_loc: torc
     _verify_kernel[(chunks, R)](
         draft, sampled, query_start_loc, status, tokens, num_accepted, *p, *(vars(w).values() if w and probs else (None,) * 3), T,
         stride(p[0]), stride(p[1]), V=V, K=K, CHUNK=c.CHUNK, CHUNKS=chunks, BLOCK_C=triton.next_power_of_2(chunks),
-        BLOCK_K=triton.next_power_of_2(K + 1), HAS_PROBS=probs is not None, num_warps=c.num_warps)
+        BLOCK_K=triton.next_power_of_2(K + 1), HAS_PROBS=probs is not None, num_warps=c.num_warps, **overlap())
 
 
 def verify(draft: torch.Tensor, sampled: torch.Tensor, query_start_loc: torch.Tensor, status: torch.Tensor, K: int,
