@@ -40,7 +40,7 @@ def batch(n, context=CONTEXT, requests=REQUESTS):
     lens = [1] * min(n - 1, requests - 1)
     lens.append(n - len(lens))
     pages = iter(range(1, 1 + sum(-(-max(context, tokens) // PAGE) for tokens in lens)))
-    own = [[next(pages) for _ in range(-(-max(context, tokens) // PAGE))] for tokens in lens]
+    own = [tuple(next(pages) for _ in range(-(-max(context, tokens) // PAGE))) for tokens in lens]
     return [Row([17 + i] * tokens, max(context, tokens), its, GREEDY) for i, (tokens, its) in enumerate(zip(lens, own, strict=True))]
 
 

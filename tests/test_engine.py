@@ -165,7 +165,7 @@ def check_books(engine):
         assert [r.id for r in queue] == sorted(r.id for r in queue), "a younger request overtook an older one"
     for request in engine.requests.values():
         places = (request in engine.waiting) + (request in engine.running)
-        assert places == (request.finish_reason is None) and (request.pages == [] or request in engine.running)
+        assert places == (request.finish_reason is None) and (not request.pages or request in engine.running)
 
 
 def step(engine):

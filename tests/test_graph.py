@@ -3,7 +3,6 @@
 import gc
 from collections import Counter
 from contextlib import contextmanager, suppress
-from dataclasses import replace
 
 import pytest
 import torch
@@ -74,7 +73,7 @@ def random_rows(seed):
             break
         row = Row(torch.randint(0, 1000, (n,), generator=g).tolist(), seq_len, own)
         if draw(0, 1):
-            row = replace(row, sampling=Sampling(temperature=0.5 + draw(0, 10) / 10, top_k=draw(0, 50), top_p=draw(5, 10) / 10,
+            row = row._replace(sampling=Sampling(temperature=0.5 + draw(0, 10) / 10, top_k=draw(0, 50), top_p=draw(5, 10) / 10,
                                                  min_p=draw(0, 2) / 10, seed=draw(0, 2**31)))
         rows.append(row)
         tokens += n

@@ -1,11 +1,12 @@
 """The host half of gkernels.graph, which needs no GPU: buckets, static buffers and the runner's eager path."""
 
 import itertools
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from gkernels.graph import Buckets, Field, GraphRunner, StaticBuffers
@@ -257,25 +258,89 @@ def test_a_block_that_forgets_the_other_is_caught(device):
 
 
 def check_steady(kind, device, rounds):
-    """Steady values are what is staged, whatever came before, in this block and in the other."""
-    fields = {"x": Field((3,), pad=-1), "table": Field((2, 2), pad=-1)}
+    """Steady values are what is staged, whatever came before, in this block and in the other, and whatever the device has made of them."""
+    fields = {"x": Field((3,), pad=-1), "starts": Field((3,), pad="last"), "table": Field((2, 3), pad=-1)}
     buffers, want = kind(fields, device), {name: padded(field, ()) for name, field in fields.items()}
     for staged in rounds:
         for name, (values, steady) in staged.items():
+            if len(values) > len(want[name]):
+                with pytest.raises(ValueError, match=f"{name}: got 4 rows, expected at most"):
+                    buffers.stage(name, values, steady)
+                continue
             buffers.stage(name, values, steady)
             want[name] = padded(fields[name], values)
+        for name in fields:
+            buffers[name].fill_(99)
         buffers.upload()
         for name in fields:
             assert_same(buffers[name].cpu(), want[name])
 
 
-few = st.integers(0, 1)
-rows_of = {"x": st.lists(few, max_size=3).map(tuple), "table": st.lists(st.lists(few, max_size=2).map(tuple), max_size=2).map(tuple)}
+few = st.integers(0, 1)                                # so that values come again
+numbers, lines = (st.lists(item, max_size=4).map(tuple) for item in (few, st.lists(few, max_size=3).map(tuple)))
+rows_of = {"x": numbers, "starts": numbers, "table": lines.filter(lambda rows: len(rows) != 3)}
+again = [{"x": (values, steady), "table": ((values,), steady)} for values, steady in (((0,), True), ((1,), False), ((0,), True)) for _ in range(2)]
 
 
 @given(st.lists(st.fixed_dictionaries({}, optional={name: st.tuples(values, st.booleans()) for name, values in rows_of.items()}), max_size=8))
+@settings(max_examples=100)
+@example(again)
 def test_steady_values_are_what_is_staged(device, rounds):
     check_steady(StaticBuffers, device, rounds)
+
+
+class Grows(StaticBuffers):
+    """Believes that a row which grew begins with what it had."""
+
+    def stage(self, name, values, steady=False):
+        known = self._known[1 - self._turn if self._is_sent else self._turn]
+        if self.fields[name].pad == -1 and known[name] and len(self.fields[name].shape) == 2:
+            known[name] = tuple(new[:len(old)] for new, old in zip(values, known[name], strict=False))
+        super().stage(name, values, steady)
+
+
+class Ends(StaticBuffers):
+    """Forgets that rows behind the last one held something."""
+
+    def stage(self, name, values, steady=False):
+        known = self._known[1 - self._turn if self._is_sent else self._turn]
+        known[name] = known[name] and known[name][:len(values)]
+        super().stage(name, values, steady)
+
+
+@pytest.mark.parametrize("kind, first, then", [(Grows, ((0,),), ((1, 1),)), (Ends, ((1,), (1, 0)), ((1,),))])
+def test_rows_that_are_not_compared_are_caught(device, kind, first, then):
+    rounds = [{"table": (values, True)} for values in (first, first, then)]
+    check_steady(StaticBuffers, device, rounds)
+    with pytest.raises(AssertionError):
+        check_steady(kind, device, rounds)
+
+
+@pytest.mark.parametrize("name, old, bad", [("x", (1, 2), (3, "bad")), ("table", ((1,), (2,)), ((3,), ("bad",)))])
+def test_a_write_that_fails_is_made_good(device, name, old, bad):
+    buffers = StaticBuffers({"x": Field((2,)), "table": Field((2, 1))}, device)
+    for values in (old, old, bad, old):
+        with pytest.raises(ValueError, match="bad") if values is bad else nullcontext():
+            buffers.stage(name, values, steady=True)
+        if values is not bad:
+            buffers.upload()
+    assert buffers[name].flatten().tolist() == [1, 2]
+
+
+@pytest.mark.parametrize("name, old, new", [("x", 1, 2), ("table", [1], [2])])
+def test_steady_lists_may_be_changed_in_place(device, name, old, new):
+    """They are no tuples, and cost a copy or a write, but what is compared is never what the caller can change."""
+    buffers, values = StaticBuffers({"x": Field((2,)), "table": Field((2, 2))}, device), [old, old]
+    for _ in range(3):
+        buffers.stage(name, values, steady=True)
+        buffers.upload()
+    if name == "table":
+        values[1][0] = 2
+    else:
+        values[:] = [new, new]
+    buffers.stage(name, values, steady=True)
+    buffers.upload()
+    assert buffers[name].flatten().tolist() == ([2, 2] if name == "x" else [2, 0, 2, 0])
 
 
 def test_steady_values_of_the_other_block_are_caught(device):

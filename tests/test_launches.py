@@ -113,7 +113,7 @@ def random_rows(seed):
         seq_len = n + draw(0, 9 * PAGE - n)
         row = Row([draw(0, VOCAB - 1) for _ in range(n)], seq_len, [pages.pop() for _ in range(-(-seq_len // PAGE))])
         if draw(0, 1):
-            row = replace(row, sampling=Sampling(draw(0, 9), draw(1, 20) / 10, draw(0, VOCAB), draw(1, 10) / 10, draw(0, 10) / 10, draw(-9, 9)))
+            row = row._replace(sampling=Sampling(draw(0, 9), draw(1, 20) / 10, draw(0, VOCAB), draw(1, 10) / 10, draw(0, 10) / 10, draw(-9, 9)))
         rows.append(row)
     return rows
 

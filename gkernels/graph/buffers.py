@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import zip_longest
 from math import prod
 
 import numpy as np
@@ -45,7 +45,7 @@ class StaticBuffers:
         self._uploaded = [torch.cuda.Event(blocking=True) if on_gpu else None for _ in range(2)]    # whose wait leaves the processor to others
         self._in_flight, self._turn, self._is_sent = [False, False], 0, False
         self._staged: set[str] = set()                 # since the last upload
-        self._known: list[dict[str, Sequence | np.ndarray | None]] = [{}, {}]               # steady values that the blocks hold
+        self._known: list[dict[str, tuple | None]] = [dict.fromkeys(fields), dict.fromkeys(fields)]     # steady values that the blocks hold
         cut = {name: slice(offsets[name], offsets[name] + prod(field.shape) * field.dtype.itemsize) for name, field in fields.items()}
         fit = lambda block: {name: block[cut[name]].view(field.dtype).view(field.shape) for name, field in fields.items()}
         self._views, self._hosts = fit(self._block), [{name: view.numpy() for name, view in fit(block).items()} for block in self._staging]
@@ -64,29 +64,39 @@ class StaticBuffers:
 
     def stage(self, name: str, values: Sequence | np.ndarray, steady: bool = False) -> None:
         """Writes `values` to the front of the field on the host and its pad value behind them. Rows of a 2-D field may be shorter than the
-        field: they too are padded. `steady` ones, a tuple of numbers or of tuples of them, are not written again where the block has them from two
-        rounds ago. Raises ValueError if they do not fit."""
+        field: they too are padded. Of `steady` ones, a tuple of numbers or of tuples of them, only what differs from those that the block has from
+        two rounds ago is written. Raises ValueError, and changes nothing, if they do not fit."""
         if self._is_sent:
             self._turn, self._is_sent = 1 - self._turn, False
             self.wait()
         known = self._known[self._turn]
-        if steady and known.get(name) == values:
+        held = known[name]
+        if steady and (held is values or held == values):
             self._staged.add(name)
             return
-        field, host, n, known[name] = self.fields[name], self._host[name], len(values), None
+        field, host, n = self.fields[name], self._host[name], len(values)
         if n > len(host):
             raise ValueError(f"gkernels.graph.StaticBuffers: {name}: got {n} rows, expected at most {len(host)}")
-        if host.ndim == 1:
-            host[:n] = values
-            host[n:] = field.pad if field.pad != "last" else values[-1] if n else 0
+        if host.ndim == 2 and (longest := max(map(len, values), default=0)) > host.shape[1]:
+            raise ValueError(f"gkernels.graph.StaticBuffers: {name}: got a row of {longest}, expected at most {host.shape[1]}")
+        known[name] = None                             # until all is written
+        if held is None:
+            host[:] = 0 if field.pad == "last" else field.pad
+            held = ()
+        if host.ndim == 2:                             # a row by itself costs 1 us and 20 ns an entry, so those that stay are left alone
+            for i, (row, old) in enumerate(zip_longest(values, held, fillvalue=())):
+                if row is not old and not (steady and row == old):
+                    at = len(old) if steady and row[:len(old)] == old else 0     # pages are added at the end
+                    host[i, at:len(row)] = row[at:]
+                    host[i, len(row):len(old)] = field.pad
         else:
-            lens = np.fromiter(map(len, values), np.int64, n)
-            if n and lens.max() > host.shape[1]:
-                raise ValueError(f"gkernels.graph.StaticBuffers: {name}: got a row of {lens.max()}, expected at most {host.shape[1]}")
-            host[:] = field.pad
-            if lens.any():                             # all rows at once: a row by itself costs 3 us
-                host[:n][np.arange(host.shape[1]) < lens[:, None]] = np.fromiter(chain.from_iterable(values), host.dtype, lens.sum())
-        known[name] = values if steady else None
+            host[:n] = values
+            if field.pad == "last":
+                host[n:] = values[-1] if n else 0
+            else:
+                host[n:len(held)] = field.pad
+        if steady:                                     # copies, of which nobody can change what is compared; a tuple is its own
+            known[name] = tuple(values) if host.ndim == 1 else tuple(map(tuple, values))
         self._staged.add(name)
 
     def upload(self) -> None:
@@ -95,7 +105,7 @@ class StaticBuffers:
         if not self._is_sent:
             for name in self.fields.keys() - self._staged:
                 np.copyto(self._host[name], self._hosts[1 - self._turn][name])
-                self._known[self._turn][name] = self._known[1 - self._turn].get(name)
+                self._known[self._turn][name] = self._known[1 - self._turn][name]
             self._staged.clear()
         self._block.copy_(self._staging[self._turn], non_blocking=True)
         self._is_sent, uploaded = True, self._uploaded[self._turn]

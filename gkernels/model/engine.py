@@ -144,7 +144,8 @@ class Engine:
         if sampling.adjusts and not self.step_fn.adjusts:
             raise ValueError("gkernels.Engine.add: sampling: got penalties, biases, bans, min_tokens or allowed_tokens, expected none of them in an "
                              "engine made with adjusts=False; make it with adjusts=True")
-        request = Request(next(self._ids), prompt, sampling)
+        limit = min(sampling.max_tokens, self.max_len - len(prompt))
+        request = Request(next(self._ids), prompt, sampling, sampling.ends(self.model.config.eos_token_ids), limit)
         self.requests[request.id] = request
         self.waiting.append(request)
         return request.id
@@ -173,7 +174,8 @@ class Engine:
             return events
         ahead = self.guesses if self.guesses and not any(r.sampling.adjusts for r, _ in batch) else self.ahead
         turns = self._reserve_turns(batch, ahead)
-        num_tokens = self.step_fn.stage([self._row(request, n) for request, n in batch], turns)
+        rows = [self._row(request, n) for request, n in batch]
+        num_tokens = self.step_fn.stage(rows, turns)
         if turns:
             ahead.runner.run(num_tokens)
             lines, status = self.step_fn.read_ring(ahead.runner.capacity(num_tokens), len(batch))
@@ -181,17 +183,16 @@ class Engine:
         else:
             self.runner.run(num_tokens)
             tokens, status = self.step_fn.read(len(batch))
-            lines = [[-1 if flags else token for token, flags in zip(tokens, status, strict=True)]]
+            lines = [[token if row.emits and not flags else -1 for row, token, flags in zip(rows, tokens, status, strict=True)]]
             self.modes["single"] += 1
-        lengths = [request.length for request, _ in batch]
         for tokens in lines:
             for (request, n), token, flags in zip(batch, tokens, status, strict=True):
                 if not request.finish_reason and (token >= 0 or not (flags or turns)):
                     request.computed += n
-                    if token >= 0 and request.computed == request.length:       # the whole of it is in the cache: this token is the next
+                    if token >= 0:
                         events.append(self._append(request, token))
-        for (request, _), flags, length in zip(batch, status, lengths, strict=True):
-            is_stuck = request.length == length and (turns or request.computed == length)
+        for (request, _), row, flags in zip(batch, rows, status, strict=True):
+            is_stuck = row.emits and len(request.output) == row.generated
             if not request.finish_reason and (flags or is_stuck):               # of many turns, those before the error have counted
                 words = ", ".join(words for bit, words in STATUS.items() if flags & bit) or "no token"
                 if flags & ops.NO_TOKEN and request.sampling.allowed_tokens is not None:
@@ -220,15 +221,15 @@ class Engine:
     def _row(self, request, n):
         computed, s = request.computed + n, request.sampling
         return Row(request.next_tokens(n), computed, request.pages, s, computed == request.length, len(request.output), self.max_len,
-                   s.ends(self.model.config.eos_token_ids), request.slot)
+                   request.ends, request.slot)
 
     def _reserve_turns(self, batch, ahead):
         """How many turns the batch takes by itself: as many as it needs and there are pages for, where every request decodes without asking the
         host, and none waits; else 0. The pages for what each request may bring are then its own."""
         goes_alone = lambda r, n: n == 1 and r.computed + 1 == r.length and r.sampling.allowed_tokens is None
-        if self.waiting or len(batch) < len(self.running) or not all(goes_alone(r, n) for r, n in batch):
+        if self.waiting or len(batch) < len(self.running) or not ahead.choices(ahead.most) or not all(goes_alone(r, n) for r, n in reversed(batch)):
             return 0
-        left = [min(r.sampling.max_tokens - len(r.output), self.max_len - r.length) for r, _ in batch]
+        left = [r.limit - len(r.output) for r, _ in batch]
         wanted = lambda turns: [(r, min(turns * ahead.width, most)) for (r, _), most in zip(batch, left, strict=True)]
         choices = ahead.choices(max(left))
         fits = bisect_right(choices, self.pool.available, key=lambda turns: sum(self._missing(*w) for w in wanted(turns)))
@@ -240,9 +241,9 @@ class Engine:
 
     def _append(self, request, token):
         request.output.append(token)
-        if token in request.sampling.ends(self.model.config.eos_token_ids):
+        if token in request.ends:
             return self._finish(request, "stop", token)
-        if len(request.output) >= request.sampling.max_tokens or request.length >= self.max_len:
+        if len(request.output) >= request.limit:
             return self._finish(request, "length", token)
         return Event(request.id, token)
 
@@ -260,7 +261,7 @@ class Engine:
             self._slots.append(request.slot)
             if request.sampling.allowed_tokens is not None:
                 self.step_fn.leave(request.slot)
-        request.pages, request.computed, request.slot = [], 0, -1
+        request.pages, request.computed, request.slot = (), 0, -1
 
     def _schedule(self) -> list[tuple[Request, int]]:
         """The step's requests and how many tokens of each: first one token of every request that decodes, then prompt chunks."""
@@ -268,9 +269,9 @@ class Engine:
         batch: list[tuple[Request, int]] = []
         for request in list(self.running):                 # oldest first; only the youngest can be amid its prompt
             n = min(request.length - request.computed, budget)
-            while request in self.running and not self._reserve(request, n):
+            while request.slot >= 0 and not self._reserve(request, n):
                 self._preempt(self.running[-1])            # the youngest yields its pages, and at last the request itself
-            if request in self.running:
+            if request.slot >= 0:                          # it runs still
                 batch.append((request, n))
                 budget -= n
         while self.waiting and budget and len(self.running) < self.step_fn.max_requests:
@@ -291,7 +292,8 @@ class Engine:
         missing = self._missing(request, n)
         if missing > self.pool.available:
             return False
-        request.pages += self.pool.allocate(missing)
+        if missing:                                        # a decoding request's once in page_size steps
+            request.pages += tuple(self.pool.allocate(missing))
         return True
 
     def _missing(self, request, n):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from .sampling import Sampling
 
@@ -12,8 +13,10 @@ class Request:
     id: int
     prompt: list[int]
     sampling: Sampling
+    ends: tuple[int, ...]                  # tokens that end it
+    limit: int                             # of tokens that it may bring
     output: list[int] = field(default_factory=list)
-    pages: list[int] = field(default_factory=list)
+    pages: tuple[int, ...] = ()            # no list, of which a step would have to look at every page to see that it is the same
     computed: int = 0                      # tokens whose keys and values are in the cache
     slot: int = -1                         # its line in the step's tables while it runs
     finish_reason: str | None = None       # "stop", "length", "cancelled" or "error: ..."
@@ -21,16 +24,17 @@ class Request:
 
     def next_tokens(self, n: int) -> list[int]:
         """The n tokens after those that are computed."""
-        start, end, cut = self.computed, self.computed + n, len(self.prompt)
-        return self.prompt[start:end] + self.output[max(start - cut, 0):max(end - cut, 0)]
+        start = self.computed - len(self.prompt)
+        if start >= 0:                     # as of all that decode
+            return self.output[start:start + n]
+        return self.prompt[self.computed:self.computed + n] + self.output[:max(start + n, 0)]
 
     @property
     def length(self) -> int:
         return len(self.prompt) + len(self.output)
 
 
-@dataclass(frozen=True)
-class Event:
+class Event(NamedTuple):
     """One request's news after a step: a token, or its end, or both. token is None where a request ended without one."""
 
     request_id: int
