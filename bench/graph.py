@@ -132,7 +132,7 @@ def measure_trace(name, step, runner, lengths):
     batches = {n: batch(n) for n in set(lengths)}
     eager_steps, host, start = runner.eager_steps, time.process_time(), time.perf_counter()
     for n in lengths:
-        step.stage(batches[n])
+        step.stage(batches[n], 0)
         runner.run(n)
     host = time.process_time() - host
     torch.cuda.synchronize()

@@ -81,8 +81,8 @@ class Step:
         self._sampling = ops.SamplingWorkspace.allocate(R, V, device)
 
     def stage(self, rows: list[Row], turns: int = 1) -> int:
-        """Puts a batch into the static buffers and returns its number of tokens. `turns` is how many steps a Loop may take of it. ValueError, and
-        nothing staged, for a batch that does not fit the capacities, and for a row without tokens or without pages of its own for all of them."""
+        """Puts a batch into the static buffers and returns its number of tokens. `turns` is how many steps a Loop may take of it, 0 where
+        `read_ring` will not be asked for the news. ValueError, and nothing staged, for a batch that does not fit the capacities, and for a row without tokens or without pages of its own for all of them."""
         columns = zip(*rows, strict=True) if rows else [()] * len(Row._fields)
         token_ids, seq_lens, pages, samplings, emits, generated, max_lens, ends, slots = columns
         lens, tables, page_size = [*map(len, token_ids)], tuple(map(tuple, pages)), self.cache.page_size
@@ -106,7 +106,8 @@ class Step:
         for name, values in steady.items():
             stage(name, values, steady=True)
         self.buffers.upload()
-        self._fresh.zero_()
+        if turns:                                      # a single step is read without the ring; and behind a busy device a memset costs 50 us
+            self._fresh.zero_()
         return tokens
 
     def requests(self, bucket: int) -> int:
