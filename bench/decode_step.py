@@ -40,10 +40,12 @@ class Case:
     weights: str = ""                    # "fp8": a scale a row, "int4": one a group of 128 columns; "": bf16
     draw: str = ""                       # how tokens are drawn, in words; "": greedy
     sampling: Sampling = GREEDY
+    dtype: torch.dtype = torch.bfloat16  # of all that is not quantised
 
     @property
     def name(self) -> str:
-        return " ".join(filter(None, (self.model, self.weights, f"{self.batch}x{self.context}", self.draw)))
+        dtype = "" if self.dtype == torch.bfloat16 else str(self.dtype).removeprefix("torch.")
+        return " ".join(filter(None, (self.model, self.weights, dtype, f"{self.batch}x{self.context}", self.draw)))
 
     @property
     def providers(self) -> tuple[str, ...]:
@@ -53,7 +55,8 @@ class Case:
 CASES = [Case("llama-3.2-1b", 1, 1024), Case("llama-3.2-1b", 16, 1024), Case("llama-3.2-1b", 64, 1024),
          Case("llama-3.2-1b", 1, 1024, "", "top-k 50 top-p 0.9", Sampling(temperature=1.0, top_k=50, top_p=0.9)), Case("llama-3.1-8b", 1, 1024),
          Case("llama-3.1-8b", 16, 1024), Case("llama-3.1-8b", 16, 4096), Case("llama-3.1-8b", 64, 1024),
-         *(Case("llama-3.1-8b", batch, 1024, weights) for weights in SCHEMES for batch in (1, 16))]
+         *(Case("llama-3.1-8b", batch, 1024, weights) for weights in SCHEMES for batch in (1, 16)),
+         Case("llama-3.1-8b", 1, 1024, "fp8", dtype=torch.float16)]
 
 
 def decode_step(weights, config, batch, context, sampling=GREEDY):
@@ -71,7 +74,7 @@ def decode_step(weights, config, batch, context, sampling=GREEDY):
 def model_of(case, device="cuda"):
     """Configuration and random weights of a case."""
     config = LlamaConfig.from_dict(PRESETS[case.model])
-    weights = random_weights(config, device, torch.bfloat16)
+    weights = random_weights(config, device, case.dtype)
     return quantized(config, weights, case.weights) if case.weights else (config, weights)
 
 

@@ -328,9 +328,12 @@ def test_config_fixes_the_k_order_and_fits_the_chip(monkeypatch, dtype, is_split
         stages = [(c.BLOCK_M * c.BLOCK_K * dtype.itemsize + fitting.bytes(c.BLOCK_N, c.BLOCK_K, dtype)) * (c.num_stages - free) for c in configs]
         assert max(stages) <= SHARED_BYTES[90]
         assert kind.name != "fp8 block" or 128 % configs[0].BLOCK_K == 0, "a row of a tile has two scales"
-        assert configs[0].TILES == parts(N, dtype, is_split), "Scaled.empty makes room for others"
+        assert room.config(1, N, K, dtype, is_split, fitting, True).TILES == parts(N, dtype, is_split), "Scaled.empty makes room for others"
+        assert len({(c.TILES, c.ROWS) for c in configs}) == 1 and configs[0].TILES * configs[0].ROWS >= N > (configs[0].TILES - 1) * configs[0].ROWS
         assert is_split or configs[0].SPLITS == 1
     assert not is_split or room.config(1, 2048, 8192, dtype, True, kind).SPLITS > 1
+    if is_split and kind.name == "plain" and dtype != torch.float32:
+        assert [room.config(1, N, K, dtype, True).grid(1) for N, K in ((3072, 2048), (1280, 8192), (28672, 4096))] == [(128,), (128,), (512,)]
 
 
 def test_workspaces_hold_every_model(monkeypatch, device):

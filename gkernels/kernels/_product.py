@@ -85,6 +85,13 @@ def place(T, C: tl.constexpr):
 
 
 @triton.jit
+def columns_of(pid_n, C: tl.constexpr):
+    """Columns of the output [BLOCK_N] of a tile of weight rows; N for what is not its own."""
+    offs_n = tl.arange(0, C.BLOCK_N)
+    return tl.where(offs_n < C.ROWS, pid_n * C.ROWS + offs_n, C.N)
+
+
+@triton.jit
 def _ask(addresses):
     """Asks the L2 for the lines of a tile of addresses, which a prefetch brings nowhere else."""
     tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [addresses.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1)
@@ -132,6 +139,9 @@ def sums(
         for k in tl.range(0, C.STEPS * C.BLOCK_K, C.BLOCK_K, num_stages=C.num_stages if C.KIND == "fp8 block" else None):
             if C.EVEN:
                 weight = tl.load(weight_tile + k, eviction_policy="evict_first")
+                x = tl.load(x_tile + k, mask_live[:, None], other=0.0)
+            elif C.EVEN_K:
+                weight = tl.load(weight_tile + k, (rows < C.N)[:, None], other=0.0, eviction_policy="evict_first")
                 x = tl.load(x_tile + k, mask_live[:, None], other=0.0)
             else:
                 mask_k = (first_k + k + offs_k < C.K)[None, :]

@@ -95,18 +95,21 @@ def first_kernel(
     wait_for_node_before(OVERLAPS)
     chunk, row = tl.program_id(0) % CHUNKS, tl.program_id(0) // CHUNKS
     state = state_ptr + row * _STATE
+    # All that a row says of itself at once, before a branch depends on any
+    options, row_ptr = (temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, typical_p_ptr), logits_ptr + row.to(tl.int64) * stride_lr
+    temperature, top_k, top_p, min_p, typical_p, good = options_of(row, options, V, HAS_TYPICAL)
+    seq_len, seed, position = tl.load(seq_lens_ptr + row), tl.load(seed_ptr + row), tl.load(position_ptr + row)
+    reference = clean(tl.load(row_ptr + tl.minimum(chunk * CHUNK, V - 1)))         # any logit of the row keeps differences small
     if keeps_ptr is not None:
         if tl.load(keeps_ptr + row) == 0:
             if chunk == 0:
                 tl.store(state, _DONE)
             return
-    if tl.load(seq_lens_ptr + row) <= 0:
+    if seq_len <= 0:
         if chunk == 0:
             tl.store(out_ptr + row, -1)
             tl.store(state, _DONE)
         return
-    options = (temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, typical_p_ptr)
-    temperature, top_k, top_p, min_p, typical_p, good = options_of(row, options, V, HAS_TYPICAL)
     cuts, keeps_few = (top_k < V) | (top_p < 1.0) | (typical_p < 1.0), (top_k <= _SHORT_K) & (top_k <= GROUPS // 4)
     may_be_short = (keeps_few | (top_k == V)) & (typical_p == 1.0)
     draws_here = (temperature > 0.0) & (cuts == 0) & (min_p == 0.0)
@@ -114,10 +117,8 @@ def first_kernel(
     # Of few families the bound is a better one than of many, which more tokens reach
     needs_families = may_be_short & (top_k <= families(GROUPS) // 3)
     needs_groups = may_be_short & (top_k < V) & (needs_families == 0)
-    seed, position, row_ptr = tl.load(seed_ptr + row), tl.load(position_ptr + row), logits_ptr + row.to(tl.int64) * stride_lr
     key, standing = key_at(seed, position), nobody(V, BLOCK)
     tops, at_group = tl.full((BLOCK // _GROUP,), -_INF, tl.float32), tl.full((BLOCK // _GROUP,), 0, tl.int32)
-    reference = clean(tl.load(row_ptr + tl.minimum(chunk * CHUNK, V - 1)))         # any logit of the row keeps differences small
     reference = tl.where(tl.abs(reference) < _INF, reference, 0.0)
     for at in tl.range(chunk * CHUNK, chunk * CHUNK + CHUNK, BLOCK, num_stages=4):
         ids, x = tile_at(row_ptr, at, V, BLOCK)
@@ -195,10 +196,10 @@ def reach_kernel(
     chunk, row = tl.program_id(0) % CHUNKS, tl.program_id(0) // CHUNKS
     state, counts_ptr, row_ptr = state_ptr + row * _STATE, counts_ptr + row * (_BINS + 3), logits_ptr + row.to(tl.int64) * stride_lr
     mode, top, one, two = tl.load(state), tl.load(state + 1).to(tl.float32, bitcast=True), tl.load(state + 12), tl.load(state + 13)
-    if (mode != _COUNT) & (mode != _SHORT):
-        return
     options = (temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, typical_p_ptr)
     temperature, top_k, top_p, _, typical_p, _ = options_of(row, options, V, HAS_TYPICAL)
+    if (mode != _COUNT) & (mode != _SHORT):
+        return
     if mode == _SHORT:
         lists = row.to(tl.int64) * ROOM
         list_reached(row_ptr, groups_ptr + row * group_words(GROUPS), list_x_ptr + lists, list_ids_ptr + lists, counts_ptr + _BINS + 2, top,

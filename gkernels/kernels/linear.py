@@ -44,7 +44,7 @@ def _linear_kernel(
     IS_RESIDUAL: tl.constexpr, PARTS: tl.constexpr, C: tl.constexpr,
 ):
     pid_m, pid_n, split, tile = _product.place(T, C)
-    offs_m, offs_n = pid_m * C.BLOCK_M + tl.arange(0, C.BLOCK_M), pid_n * C.BLOCK_N + tl.arange(0, C.BLOCK_N)
+    offs_m, offs_n = pid_m * C.BLOCK_M + tl.arange(0, C.BLOCK_M), _product.columns_of(pid_n, C)
     _product.enter(weight_ptr, scale_ptr, offs_n.to(tl.int64), split, C)
     # [BLOCK_N, BLOCK_M]
     out = out_ptr + offs_m.to(tl.int64)[None, :] * stride_ot + offs_n[:, None]
@@ -113,9 +113,10 @@ def _zero_pads_kernel(
             tl.store(out_ptr + token.to(tl.int64) * stride_ot + offs_n, tl.full((BLOCK_N,), 0, out_ptr.dtype.element_ty), offs_n < N)
 
 
-def config(T: int, N: int, K: int, dtype: torch.dtype, splits: bool = False, kind: Kind = PLAIN) -> Tile:
-    """BLOCK_N, BLOCK_K and SPLITS ignore T, which is what keeps rows bitwise the same."""
-    return _tile.tile(T, N, K, dtype, splits, kind=kind)
+def config(T: int, N: int, K: int, dtype: torch.dtype, splits: bool = False, kind: Kind = PLAIN, leaves_squares: bool = False) -> Tile:
+    """BLOCK_N, BLOCK_K and SPLITS ignore T, which is what keeps rows bitwise the same. leaves_squares: a sum a tile, of which every kind of weight
+    has as many."""
+    return _tile.tile(T, N, K, dtype, splits, kind=kind, shared_out=0 if leaves_squares else N * splits)
 
 
 def _torch_linear(x, weight, bias, out, num_tokens):
@@ -149,7 +150,7 @@ def _launch(op, x, checked, out, bias, num_tokens, workspace, squares=None, part
     if T > MOST_TOKENS and kind == PLAIN and not invariant:
         _torch_linear(x, weight, bias, out, num_tokens)
         return
-    c = config(T, N, K, x.dtype, workspace is not None, kind)
+    c = config(T, N, K, x.dtype, workspace is not None, kind, norm is not None)
     if norm is not None:
         _check.tensor(op, "norm", norm, (N,), (x.dtype,), x.device)
         left = _product.check_scaled(op, "scaled", scaled, T, N, (x.dtype,), x.device, writes=True)

@@ -82,7 +82,8 @@ class Step:
 
     def stage(self, rows: list[Row], turns: int = 1) -> int:
         """Puts a batch into the static buffers and returns its number of tokens. `turns` is how many steps a Loop may take of it, 0 where
-        `read_ring` will not be asked for the news. ValueError, and nothing staged, for a batch that does not fit the capacities, and for a row without tokens or without pages of its own for all of them."""
+        `read_ring` will not be asked for the news. ValueError, and nothing staged, for a batch that does not fit the capacities, and for a row
+        without tokens or without pages of its own for all of them."""
         columns = zip(*rows, strict=True) if rows else [()] * len(Row._fields)
         token_ids, seq_lens, pages, samplings, emits, generated, max_lens, ends, slots = columns
         lens, tables, page_size = [*map(len, token_ids)], tuple(map(tuple, pages)), self.cache.page_size
