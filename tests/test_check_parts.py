@@ -129,6 +129,13 @@ def test_what_differs_between_captures_of_one_batch_is_noise():
     assert [f.finding for f in compare_nodes([KERNEL], [baked], noise)] == ["baked-scalar"]
 
 
+def test_bytes_of_empty_objects_are_passed_over():
+    first, other, truth = (replace(KERNEL, parameters=(*KERNEL.parameters, bytes([byte]))) for byte in (0x40, 0x41, 1))
+    assert compare_nodes([first], [other]) == [] and compare_nodes([replace(first, parameters=(b"\0",))], [replace(first, parameters=(b"\1",))]) != []
+    (found,) = compare_nodes([first], [other], names={0: ["n", "x_ptr", "strides", "flag"]})
+    assert found.finding == "baked-scalar" and "flag is 0x40" in found.what and compare_nodes([first], [truth]) == []
+
+
 def test_more_or_fewer_nodes_are_named():
     for first, other in (([KERNEL], [KERNEL, Node("memcpy")]), ([KERNEL, Node("memcpy")], [KERNEL])):
         (found,) = compare_nodes(first, other)

@@ -47,7 +47,7 @@ def test_decode_step_has_its_cases():
     shapes = [f"llama-3.2-1b {batch}x1024" for batch in (1, 16, 64)]
     packed = [f"llama-3.1-8b {kind} {batch}x1024" for kind in ("fp8", "int4") for batch in (1, 16)]
     larger = [f"llama-3.1-8b {shape}" for shape in ("1x1024", "16x1024", "16x4096", "64x1024")]
-    assert list(cases) == [*shapes, "llama-3.2-1b 1x1024 top-k 50 top-p 0.9", *larger, *packed]
+    assert list(cases) == [*shapes, "llama-3.2-1b 1x1024 top-k 50 top-p 0.9", *larger, *packed, "llama-3.1-8b fp8 float16 1x1024"]
     sampled = cases["llama-3.2-1b 1x1024 top-k 50 top-p 0.9"]
     assert sampled.sampling == NUCLEUS and replace(sampled, draw="", sampling=Sampling()) == cases["llama-3.2-1b 1x1024"]
     assert {case.providers for case in cases.values() if case.weights or case.draw} == {("gkernels",)}

@@ -86,9 +86,15 @@ def place(T, C: tl.constexpr):
 
 @triton.jit
 def columns_of(pid_n, C: tl.constexpr):
-    """Columns of the output [BLOCK_N] of a tile of weight rows; N for what is not its own."""
-    offs_n = tl.arange(0, C.BLOCK_N)
-    return tl.where(offs_n < C.ROWS, pid_n * C.ROWS + offs_n, C.N)
+    """Columns of the output [BLOCK_N] of a tile of weight rows, in one piece, or loads and stores would be no vectors; which of them are its own; and
+    its weight rows (int64), N for those that are not."""
+    offs_n = pid_n * C.ROWS + tl.arange(0, C.BLOCK_N)
+    if C.ROWS == C.BLOCK_N:
+        mask_n, rows = offs_n < C.N, offs_n.to(tl.int64)
+    else:
+        mask_n = (tl.arange(0, C.BLOCK_N) < C.ROWS) & (offs_n < C.N)
+        rows = tl.where(mask_n, offs_n, C.N).to(tl.int64)
+    return offs_n, mask_n, rows
 
 
 @triton.jit

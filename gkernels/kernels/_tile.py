@@ -36,7 +36,7 @@ class Tile(NamedTuple):
     TILES: int                # of weight rows
     BLOCK_M: int
     BLOCK_N: int
-    ROWS: int                 # of BLOCK_N that are the tile's own; the others lie past N
+    ROWS: int                 # of BLOCK_N that are the tile's own
     BLOCK_K: int
     SPLITS: int               # parts of a tile's K
     SERIAL: bool              # one program makes all of them; else each has its own
@@ -69,9 +69,9 @@ def parts(N: int, dtype: torch.dtype, splits: bool) -> int:
 
 
 def tile(T: int, N: int, K: int, dtype: torch.dtype, splits: bool, group: tuple[int, int] | None = None, kind: Kind = PLAIN,
-         shared_out: int = 0) -> Tile:
+         shares: bool = False) -> Tile:
     """How the product of T rows with [N, K] is cut. group: (rows, tiles), where the caller's rows come in groups, each padded to that many.
-    shared_out: how many rows there are, where tiles may have fewer than BLOCK_N so that all multiprocessors get as many programs; 0: they may not."""
+    shares: whether a tile may have fewer rows than BLOCK_N, so that every multiprocessor gets a program."""
     if _check.INTERPRETED:    # which pays 0.1 ms an operation whatever its size: few tiles, each as large as may be
         BLOCK_M, BLOCK_N = (max(triton.next_power_of_2(n), 16) for n in (T, N))
         BLOCK_N, TILES = group or (min(BLOCK_N, 256), triton.cdiv(N, min(BLOCK_N, 256)))
@@ -83,13 +83,11 @@ def tile(T: int, N: int, K: int, dtype: torch.dtype, splits: bool, group: tuple[
         BLOCK_M, BLOCK_K, SPLITS, num_warps, num_stages = _block(T, K, dtype, splits, BLOCK_N, TILES, kind)
     STEPS, arch = triton.cdiv(triton.cdiv(K, BLOCK_K), SPLITS), _check.capability()
     ROWS = BLOCK_N
-    # One program each with all of K gains nothing by it: 6144 x 4096 takes 16 us with 96 programs and 17 with 128
-    may_share = kind == PLAIN and dtype != torch.float32 and (SPLITS > 1 or TILES > MULTIPROCESSORS)
-    if shared_out and (may_share or _check.INTERPRETED):
-        places = triton.cdiv(TILES * SPLITS, MULTIPROCESSORS) * MULTIPROCESSORS // SPLITS
-        enough = 3 * BLOCK_N // 4 if _check.INTERPRETED else triton.cdiv(shared_out, places)
+    # Where K is whole it gains nothing: 6144 x 4096 takes 16 us with 96 programs and 17 with 128
+    if shares and SPLITS > 1 and (_check.INTERPRETED or (kind == PLAIN and dtype != torch.float32)):
+        enough = 3 * BLOCK_N // 4 if _check.INTERPRETED else triton.cdiv(N, MULTIPROCESSORS // SPLITS)
         ROWS = min(max(triton.cdiv(enough, 8) * 8, LEAST_ROWS), BLOCK_N)
-        TILES = triton.cdiv(shared_out, ROWS)
+        TILES = triton.cdiv(N, ROWS)
     lines = max(min(STEPS * kind.bytes(1, BLOCK_K, dtype), AHEAD_BYTES) // 128, 1)
     is_even_k = K == BLOCK_K * SPLITS * STEPS
     return Tile(N, K, TILES, BLOCK_M, BLOCK_N, ROWS, BLOCK_K, SPLITS, SPLITS > 1 and T > MOST_TOKENS, T <= BLOCK_M, STEPS,

@@ -32,13 +32,11 @@ def _norm_gate_up_kernel(
 ):
     BLOCK_M: tl.constexpr = C.BLOCK_M
     HALF: tl.constexpr = C.BLOCK_N // 2
-    OWN: tl.constexpr = C.ROWS // 2
     pid_m, pid_n, split, _ = _product.place(T, C)
-    offs_m, offs_n, offs_f = pid_m * C.BLOCK_M + tl.arange(0, C.BLOCK_M), tl.arange(0, C.BLOCK_N), tl.arange(0, HALF)
-    # [BLOCK_N]: HALF rows of the gate, of which OWN are the tile's, then their rows of up; all others as good as past 2F
-    column = pid_n * OWN + offs_n % HALF
-    rows = tl.where((offs_n % HALF < OWN) & (column < F), offs_n // HALF * F + column, 2 * F).to(tl.int64)
-    offs_f = tl.where(offs_f < OWN, pid_n * OWN + offs_f, F)
+    offs_m, offs_n, offs_f = pid_m * C.BLOCK_M + tl.arange(0, C.BLOCK_M), tl.arange(0, C.BLOCK_N), pid_n * HALF + tl.arange(0, HALF)
+    # [BLOCK_N]: HALF rows of the gate, then their rows of up; past F as good as past 2F
+    column = pid_n * HALF + offs_n % HALF
+    rows = tl.where(column < F, offs_n // HALF * F + column, 2 * F).to(tl.int64)
     _product.enter(weight_ptr, scale_ptr, rows, split, C)
     # [HALF, BLOCK_M]
     out = out_ptr + offs_m.to(tl.int64)[None, :] * stride_ot + offs_f[:, None]
@@ -59,9 +57,9 @@ def _norm_gate_up_kernel(
 
 
 def config(T: int, F: int, K: int, dtype: torch.dtype, kind: Kind = PLAIN) -> Tile:
-    """Tiles of as many rows of gate as of up; F = 8192 makes 256 programs, so K is never split. 14336 make 512 of 56 rows, four a multiprocessor."""
+    """Tiles of as many rows of gate as of up; F = 8192 makes 256 programs, so K is never split."""
     half = 128 if _check.INTERPRETED else 32 if dtype != torch.float32 and F >= 32 * _tile.MULTIPROCESSORS else 16
-    return _tile.tile(T, 2 * F, K, dtype, False, (2 * half, triton.cdiv(F, half)), kind, 2 * F)
+    return _tile.tile(T, 2 * F, K, dtype, False, (2 * half, triton.cdiv(F, half)), kind)
 
 
 def norm_gate_up_out(scaled: Scaled, weight: torch.Tensor | Quantized, eps: float, out: torch.Tensor, bias: torch.Tensor | None = None,

@@ -44,11 +44,12 @@ def _linear_kernel(
     IS_RESIDUAL: tl.constexpr, PARTS: tl.constexpr, C: tl.constexpr,
 ):
     pid_m, pid_n, split, tile = _product.place(T, C)
-    offs_m, offs_n = pid_m * C.BLOCK_M + tl.arange(0, C.BLOCK_M), _product.columns_of(pid_n, C)
-    _product.enter(weight_ptr, scale_ptr, offs_n.to(tl.int64), split, C)
+    offs_m = pid_m * C.BLOCK_M + tl.arange(0, C.BLOCK_M)
+    offs_n, mask_n, rows = _product.columns_of(pid_n, C)
+    _product.enter(weight_ptr, scale_ptr, rows, split, C)
     # [BLOCK_N, BLOCK_M]
     out = out_ptr + offs_m.to(tl.int64)[None, :] * stride_ot + offs_n[:, None]
-    mask_out = (offs_n < C.N)[:, None] & (offs_m < T)[None, :]
+    mask_out = mask_n[:, None] & (offs_m < T)[None, :]
     if norm_ptr is not None:
         scaled = scaled_ptr + offs_m.to(tl.int64)[None, :] * stride_st + offs_n[:, None]
     live, mask_x, rows_x = T, offs_m < T, offs_m
@@ -70,8 +71,8 @@ def _linear_kernel(
     if squares_ptr is not None:
         squares = _product.load_squares(squares_ptr, rows_x, mask_x, PARTS)
     if norm_ptr is not None:    # early too: nobody has read it since the step before, so it comes from memory
-        norm = tl.load(norm_ptr + offs_n, offs_n < C.N, other=0.0)
-    rows, zero = offs_n.to(tl.int64), (T >> 31).to(tl.float32)
+        norm = tl.load(norm_ptr + offs_n, mask_n, other=0.0)
+    zero = (T >> 31).to(tl.float32)
     if C.SERIAL:
         acc = _product.serial_sums(x_ptr, weight_ptr, scale_ptr, rows, rows_x, mask_x, stride_xt, zero, C)
     else:
@@ -81,9 +82,9 @@ def _linear_kernel(
                 return
             acc = _product.collect(acc, partials_ptr, tile, C)
     if squares_ptr is not None:
-        acc = _product.normed(acc, squares, bias_ptr, offs_n, eps, C)
+        acc = _product.normed(acc, squares, bias_ptr, rows, eps, C)
     elif bias_ptr is not None:
-        acc += tl.load(bias_ptr + offs_n, offs_n < C.N, other=0.0).to(tl.float32)[:, None]
+        acc += tl.load(bias_ptr + offs_n, mask_n, other=0.0).to(tl.float32)[:, None]
     if IS_RESIDUAL:
         acc += residual
     mask_live = mask_x & (offs_m < live)
@@ -116,7 +117,7 @@ def _zero_pads_kernel(
 def config(T: int, N: int, K: int, dtype: torch.dtype, splits: bool = False, kind: Kind = PLAIN, leaves_squares: bool = False) -> Tile:
     """BLOCK_N, BLOCK_K and SPLITS ignore T, which is what keeps rows bitwise the same. leaves_squares: a sum a tile, of which every kind of weight
     has as many."""
-    return _tile.tile(T, N, K, dtype, splits, kind=kind, shared_out=0 if leaves_squares else N * splits)
+    return _tile.tile(T, N, K, dtype, splits, kind=kind, shares=not leaves_squares)
 
 
 def _torch_linear(x, weight, bias, out, num_tokens):

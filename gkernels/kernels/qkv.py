@@ -8,7 +8,7 @@ then v), which may be Quantized (see _quantized), bias [(H + 2 KV) D] or None, q
 The pairs of a head are (d, d + rotary_dim / 2); dimensions past rotary_dim are copied. float32 from the product on, one cast at each store.
 Graph-safe: the grid and the tiles depend on T, K and the heads only; rows at or past num_tokens[0] are zeros in q_out, change nothing,
 and write to no slot, and neither does a slot outside the cache. A position outside the table gives NaN in q and k.
-Batch-invariant: see _product. Beyond MOST_TOKENS rows rmsnorm, linear and rotary_kv_write apart are faster.
+Batch-invariant: a program holds one head or a part of it, see _product. Beyond MOST_TOKENS rows rmsnorm, linear and rotary_kv_write apart are faster.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from ._tile import Tile
 from .kv_cache import locate_slot
 
 MAX_D = 128               # wider heads spill
-MOST_ROWS = 64            # of a tile, unless a norm needs a whole head
+MOST_ROWS = 64            # of a tile, unless norms need a whole head
 
 
 @triton.jit
 def _store_pairs(tile, first, second, offs_first, offs_second, mask_first, mask_second):
-    """first and second [HALF, BLOCK_M] at tile [HALF, BLOCK_M] + offs [HALF, 1]."""
+    """first and second [HALF, BLOCK_M] at tile [1, BLOCK_M] + offs [HALF, 1]."""
     tl.store(tile + offs_first, first.to(tile.dtype.element_ty), mask_first)
     tl.store(tile + offs_second, second.to(tile.dtype.element_ty), mask_second)
 
@@ -61,31 +61,23 @@ def _norm_qkv_kernel(
     BLOCK_M: tl.constexpr = C.BLOCK_M
     HALF: tl.constexpr = C.BLOCK_N // 2
     REST: tl.constexpr = (D - 2 * ROTARY + 1) // 2          # what is not rotated lies in pairs too, of which the last may be half a pair
-    HEADS: tl.constexpr = H + 2 * KV
-    HAS_NORMS: tl.constexpr = q_norm_ptr is not None or k_norm_ptr is not None
-    OWN: tl.constexpr = C.ROWS // 2                         # pairs of a tile: those of one head where it has a norm, else the next of all heads'
-    PAIRS: tl.constexpr = OWN if HAS_NORMS else ROTARY + REST
+    CUTS: tl.constexpr = C.TILES // (H + 2 * KV)            # tiles a head
     # Whether angles are loaded before the sums: beside converted weights and whole heads of 128 they spill
     IS_EARLY: tl.constexpr = C.KIND == "plain" and C.BLOCK_N <= 64
     pid_m, pid_n, split, tile = _product.place(T, C)
-    offs_m, offs_n, offs_p = pid_m * C.BLOCK_M + tl.arange(0, C.BLOCK_M), tl.arange(0, C.BLOCK_N), tl.arange(0, HALF)
+    head, first_pair = pid_n // CUTS, pid_n % CUTS * HALF
+    offs_m, offs_n, pair = pid_m * C.BLOCK_M + tl.arange(0, C.BLOCK_M), tl.arange(0, C.BLOCK_N), first_pair + tl.arange(0, HALF)
     # [BLOCK_N]: the first of each pair of the tile, then the second
-    at = pid_n * OWN + offs_n % HALF
-    pair = at % PAIRS
-    column = pair + tl.where(pair < ROTARY, offs_n // HALF * ROTARY, ROTARY + offs_n // HALF * REST)
-    is_row = (offs_n % HALF < OWN) & (pair < ROTARY + REST) & (column < D) & (at // PAIRS < HEADS)
-    rows = tl.where(is_row, at // PAIRS * D + column, C.N).to(tl.int64)
+    pair_n = first_pair + offs_n % HALF
+    column = pair_n + tl.where(pair_n < ROTARY, offs_n // HALF * ROTARY, ROTARY + offs_n // HALF * REST)
+    is_row = (pair_n < ROTARY + REST) & (column < D)
+    rows = tl.where(is_row, head * D + column, C.N).to(tl.int64)
     _product.enter(weight_ptr, scale_ptr, rows, split, C)
-    first_head, last_head = pid_n * OWN // PAIRS, (pid_n * OWN + OWN - 1) // PAIRS
     # [HALF, 1]
-    at = (pid_n * OWN + offs_p)[:, None]
-    head, pair = at // PAIRS, at % PAIRS
-    turns = (pair < ROTARY) & (head < H + KV)
-    offs_first, offs_second = pair + tl.where(pair < ROTARY, 0, ROTARY), pair + tl.where(pair < ROTARY, ROTARY, ROTARY + REST)
-    is_first = (offs_p < OWN)[:, None] & (pair < ROTARY + REST) & (head < HEADS)
-    is_second = is_first & (offs_second < D)
-    is_q, is_k, is_v = head < H, (head >= H) & (head < H + KV), head >= H + KV
-    # [HALF, BLOCK_M]
+    is_rotary = (pair < ROTARY)[:, None]
+    offs_first, offs_second = (pair + tl.where(pair < ROTARY, 0, ROTARY))[:, None], (pair + tl.where(pair < ROTARY, ROTARY, ROTARY + REST))[:, None]
+    is_first, is_second = (pair < ROTARY + REST)[:, None], (pair < ROTARY + REST)[:, None] & (offs_second < D)
+    # [1, BLOCK_M]
     q_out = q_out_ptr + offs_m.to(tl.int64)[None, :] * stride_qot + head.to(tl.int64) * stride_qoh
     is_token = (offs_m < T)[None, :]
     live, mask_x = T, offs_m < T
@@ -93,7 +85,7 @@ def _norm_qkv_kernel(
         live = tl.minimum(tl.load(num_tokens_ptr), T)
         if not C.ONE:
             if pid_m * C.BLOCK_M >= live:
-                writes, zeros = is_token & is_q & (split == 0), tl.zeros((HALF, BLOCK_M), tl.float32)
+                writes, zeros = is_token & (head < H) & (split == 0), tl.zeros((HALF, BLOCK_M), tl.float32)
                 _store_pairs(q_out, zeros, zeros, offs_first, offs_second, is_first & writes, is_second & writes)
                 return
             mask_x = offs_m < live
@@ -102,9 +94,10 @@ def _norm_qkv_kernel(
     position = tl.load(positions_ptr + offs_m, mask_x, other=0).to(tl.int64)[None, :]
     slot = tl.load(slot_mapping_ptr + offs_m, mask_x, other=-1)[None, :]
     is_known = (position >= 0) & (position < max_len)
-    angles = cos_sin_ptr + tl.where(is_known, position, 0) * (2 * ROTARY) + pair
+    angles = cos_sin_ptr + tl.where(is_known, position, 0) * (2 * ROTARY) + pair[:, None]
+    is_turned = is_rotary & is_known & (head < H + KV)
     if IS_EARLY:
-        cos, sin = tl.load(angles, turns & is_known, other=1.0), tl.load(angles + ROTARY, turns & is_known, other=0.0)
+        cos, sin = tl.load(angles, is_turned, other=1.0), tl.load(angles + ROTARY, is_turned, other=0.0)
     zero = (T >> 31).to(tl.float32)
     if C.SERIAL:
         acc = _product.serial_sums(x_ptr, weight_ptr, scale_ptr, rows, offs_m, mask_x, stride_xt, zero, C)
@@ -114,49 +107,47 @@ def _norm_qkv_kernel(
             if not _product.leave(acc, partials_ptr, counters_ptr, tile, split, C):
                 return
             acc = _product.collect(acc, partials_ptr, tile, C)
-    mask_live = (offs_m < live)[None, :]
+    mask_live = offs_m < live
     first, second = _product.halves(_product.normed(acc, squares, bias_ptr, rows, eps, C), C)      # [HALF, BLOCK_M]
-    if HAS_NORMS:
+    if q_norm_ptr is not None or k_norm_ptr is not None:
         scale = tl.rsqrt(_product.column_sums(tl.fma(first, first, second * second)) / D + eps)[None, :]
         if q_norm_ptr is not None:
-            if first_head < H:
+            if head < H:
                 first *= scale * tl.load(q_norm_ptr + offs_first, is_first, other=0.0).to(tl.float32)
                 second *= scale * tl.load(q_norm_ptr + offs_second, is_second, other=0.0).to(tl.float32)
         if k_norm_ptr is not None:
-            if (first_head >= H) & (first_head < H + KV):
+            if (head >= H) & (head < H + KV):
                 first *= scale * tl.load(k_norm_ptr + offs_first, is_first, other=0.0).to(tl.float32)
                 second *= scale * tl.load(k_norm_ptr + offs_second, is_second, other=0.0).to(tl.float32)
-    if first_head < H + KV:
+    if head < H + KV:
         if not IS_EARLY:
-            cos, sin = tl.load(angles, turns & is_known, other=1.0), tl.load(angles + ROTARY, turns & is_known, other=0.0)
+            cos, sin = tl.load(angles, is_turned, other=1.0), tl.load(angles + ROTARY, is_turned, other=0.0)
         # explicit fma, here and above: the bits do not depend on which of the two products a compiler would fuse
-        turned, is_lost, nan = tl.fma(first, cos, -(second * sin)), (is_v | is_known) == 0, float("nan")
-        second = tl.where(is_lost, nan, tl.where(turns, tl.fma(second, cos, first * sin), second))
-        first = tl.where(is_lost, nan, tl.where(turns, turned, first))
-    if first_head < H:
-        _store_pairs(q_out, tl.where(mask_live, first, 0.0), tl.where(mask_live, second, 0.0), offs_first, offs_second, is_first & is_q & is_token,
-                     is_second & is_q & is_token)
-    if last_head >= H:
-        slot = tl.where(mask_live, slot, -1)
-        if first_head < H + KV:
+        turned, nan = tl.fma(first, cos, -(second * sin)), float("nan")
+        second = tl.where(is_known, tl.where(is_rotary, tl.fma(second, cos, first * sin), second), nan)
+        first = tl.where(is_known, tl.where(is_rotary, turned, first), nan)
+    if head < H:
+        first, second = tl.where(mask_live[None, :], first, 0.0), tl.where(mask_live[None, :], second, 0.0)
+        _store_pairs(q_out, first, second, offs_first, offs_second, is_first & is_token, is_second & is_token)
+    else:
+        slot = tl.where(mask_live[None, :], slot, -1)
+        if head < H + KV:
             offset, is_slot = locate_slot(slot, num_pages, stride_kcn, stride_kcp, PAGE_SIZE)
-            k_tile, is_slot = k_cache_ptr + offset + (head - H).to(tl.int64) * stride_kch, is_slot & is_k
+            k_tile = k_cache_ptr + offset + (head - H).to(tl.int64) * stride_kch
             _store_pairs(k_tile, first, second, offs_first, offs_second, is_first & is_slot, is_second & is_slot)
-        if last_head >= H + KV:
+        else:
             offset, is_slot = locate_slot(slot, num_pages, stride_vcn, stride_vcp, PAGE_SIZE)
-            v_tile, is_slot = v_cache_ptr + offset + (head - H - KV).to(tl.int64) * stride_vch, is_slot & is_v
+            v_tile = v_cache_ptr + offset + (head - H - KV).to(tl.int64) * stride_vch
             _store_pairs(v_tile, first, second, offs_first, offs_second, is_first & is_slot, is_second & is_slot)
 
 
 def config(T: int, heads: int, D: int, rotary_dim: int, K: int, dtype: torch.dtype, splits: bool, kind: Kind = PLAIN,
            has_norms: bool = False) -> Tile:
-    """A tile is a head, its pairs padded to a power of two, where a norm needs all of it; else MOST_ROWS of all heads' rows, pair by pair, or as
-    many as give each multiprocessor a program."""
+    """A tile is a head, its pairs padded to a power of two, or where no norm needs all of a head, MOST_ROWS of its rows."""
     pairs = rotary_dim // 2 + (D - rotary_dim + 1) // 2
-    if has_norms:
-        return _tile.tile(T, heads * D, K, dtype, splits, (max(2 * triton.next_power_of_2(pairs), 16), heads), kind)
-    rows = 2 * heads * pairs
-    return _tile.tile(T, heads * D, K, dtype, splits, (MOST_ROWS, triton.cdiv(rows, MOST_ROWS)), kind, rows * splits)
+    rows = max(2 * triton.next_power_of_2(pairs), 16)
+    cuts = 1 if has_norms else max(rows // MOST_ROWS, 1)
+    return _tile.tile(T, heads * D, K, dtype, splits, (rows // cuts, heads * cuts), kind)
 
 
 def norm_qkv(scaled: Scaled, weight: torch.Tensor | Quantized, eps: float, positions: torch.Tensor, cos_sin: torch.Tensor,
