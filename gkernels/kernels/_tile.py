@@ -44,7 +44,7 @@ class Tile(NamedTuple):
     STEPS: int                # blocks of K a program
     EVEN: bool                # no tile passes N or K
     EVEN_K: bool              # none passes K
-    LINES: int                # of 128 bytes that a program asks of each of its weight rows before it waits; 0 where it cannot
+    LINES: int                # of 128 bytes that a program asks of each of its weight rows before it waits; 0 where nodes do not overlap
     KIND: str                 # of the weight, and for int4 the columns that share a scale: see _quantized.Kind
     GROUP: int
     ROW: int                  # elements of a stored row of the weight
