@@ -25,7 +25,7 @@ from gkernels.precompile import Launch, compiling_for, in_workers, launches_of, 
 CAPACITIES = (1, 3, 16, 17, 64)   # what Triton would tell apart: 1, multiples of 16, and the rest
 WIDE = re.compile(r"(?:ld|st)\.global[.\w:]*\.(?:v4\.[bf]32|v2\.b64|v8\.b32|v4\.b64)"
                   r"|cp\.async\.\w+\.shared\.global[^;]* (?:16|0x10),|cp\.async\.bulk")
-NARROW = re.compile(r"ld\.global[.\w:]*(?<!\.v[248])\.[bfsu]\d+\b")
+NARROW, NARROW_STORES = (re.compile(rf"{what}\.global[.\w:]*(?<!\.v[248])\.[bfsu]\d+\b") for what in ("ld", "st"))
 
 
 def configuration(launch):
@@ -43,7 +43,7 @@ def with_capacity(launch, n):
 
 
 def report(launch):
-    """What becomes of the kernel: registers, spilled bytes, shared memory, local memory and the width of its loads."""
+    """What becomes of the kernel: registers, spilled bytes, shared memory, local memory and the width of its loads and stores."""
     compiled = launch.compile()
     early = {"early": early_accesses(compiled.asm["ptx"])} if launch.options.get("launch_pdl") else {}
     return {"shared": compiled.metadata.shared} | early | (hip_report if launch.target.backend == "hip" else cuda_report)(compiled.asm)
@@ -83,7 +83,8 @@ def cuda_report(asm):
             "registers": int(re.search(r"Used (\d+) registers", log)[1]),
             "spills": sum(int(n) for n in re.findall(r"(\d+) bytes spill (?:stores|loads)", log)),
             "local": len(re.findall(r"\b(?:ld|st)\.local", ptx)),
-            "wgmma": ptx.count("wgmma.mma_async"), "wide": len(WIDE.findall(ptx)), "narrow": len(NARROW.findall(ptx))}
+            "wgmma": ptx.count("wgmma.mma_async"), "wide": len(WIDE.findall(ptx)), "narrow": len(NARROW.findall(ptx)),
+            "narrow stores": len(NARROW_STORES.findall(ptx))}
 
 
 def dropped_products(cubin):
