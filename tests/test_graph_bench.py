@@ -53,7 +53,7 @@ class PaperStep:
     def __init__(self):
         self.x, self.staged = torch.zeros(64), 0
 
-    def stage(self, rows):
+    def stage(self, rows, turns=1):
         self.staged = sum(len(row.token_ids) for row in rows)
         self.x[:self.staged] = 1
 
