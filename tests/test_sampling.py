@@ -143,6 +143,23 @@ def test_rows_that_keep_few_tokens_go_the_short_way(device, kind, options, mode)
     check_equals_reference(room.sample, arguments)
 
 
+@few
+@given(seeds, kinds, st.sampled_from([1537, 6020, 8200]), st.sampled_from([0.2, 1.0, 3.0]), st.integers(1, 5), top_ps, min_ps)
+def test_a_small_top_k_is_bounded_by_families(device, seed, kind, V, temperature, top_k, top_p, min_p):
+    """Vocabularies of 4, 12 and 17 families of 512 tokens, of whose greatest logits 1, 4 and 5 bound a top_k."""
+    top_k, size = min(top_k, -(-V // 512) // 3), _sampling.GROUP * _sampling.FAMILY
+    logits = draw_logits(seed, kind, 2, V, torch.float32, device)
+    arguments, workspace = batch(logits, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p), room.Workspace.allocate(2, V, device)
+    out = torch.empty(2, dtype=torch.int32, device=device)
+    room.sample_out(**{k: v.clone() for k, v in arguments.items()}, workspace=workspace, out=out)
+    bits = torch.nn.functional.pad(logits + 0.0, (0, -V % size), value=-INF).unflatten(1, (-1, size)).amax(-1).view(torch.int32)
+    assert_same(workspace.groups[:, 2 * -(-V // _sampling.GROUP):], torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits))
+    assert workspace.state[:, 0].tolist() == [_sampling.SHORT] * 2 and not workspace.counts.any()
+    check_equals_reference(room.sample, arguments)
+    if min_p == 0.0:
+        check_kept(probs_by_kernel(arguments), arguments, is_exact=kind == "flat" or top_p == 1.0)
+
+
 def test_many_equal_logits_fit_no_list(device):
     """Every group reaches the bound: the row is counted, and then read whole."""
     arguments, workspace = batch(torch.zeros(1, 9000, device=device), top_k=40), room.Workspace.allocate(1, 9000, device)

@@ -87,7 +87,7 @@ def first_kernel(
     partials_ptr,      # [R, CHUNKS, 3] int64: the group of the first, the id of the second; see `draw` for the third
     counts_ptr,        # [R, BINS + 3] int32, zeros between launches: tokens a bin; programs that arrived in `first` and `reach`; tokens listed
     state_ptr,         # [R, STATE] int32: mode, greatest logit, then what `reach` finds, the cut, and what it needs
-    groups_ptr,        # [R, group_words] int32: of each GROUP tokens the key of the greatest logit, and all masses in units of 2^-24 of its
+    groups_ptr,        # [R, group_words] int32: of each GROUP tokens the key of the greatest logit, all masses in units of 2^-24 of its, and families
     stride_lr,
     V: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_C: tl.constexpr, GROUPS: tl.constexpr,
     BLOCK_G: tl.constexpr, CAPACITY: tl.constexpr, HAS_TYPICAL: tl.constexpr, OVERLAPS: tl.constexpr,
@@ -114,7 +114,7 @@ def first_kernel(
     may_be_short = (keeps_few | (top_k == V)) & (typical_p == 1.0)
     draws_here = (temperature > 0.0) & (cuts == 0) & (min_p == 0.0)
     has_groups, has_masses = (temperature > 0.0) & (draws_here == 0), (top_k == V) & (top_p < 1.0) & (typical_p == 1.0)
-    # Of few families the bound is a better one than of many, which more tokens reach
+    # The more families a top_k needs, the lower is the bound that they give, and the more tokens reach it
     needs_families = may_be_short & (top_k <= families(GROUPS) // 3)
     needs_groups = may_be_short & (top_k < V) & (needs_families == 0)
     key, standing = key_at(seed, position), nobody(V, BLOCK)

@@ -90,7 +90,7 @@ def _norm_qkv_kernel(
                 return
             mask_x = offs_m < live
     squares = _product.load_squares(squares_ptr, offs_m, mask_x, PARTS)
-    # Early, since each would keep a finished tile waiting for 0.5 us; pads' are masked where they are used
+    # Early, so that a finished tile waits for none of them; pads' are masked where they are used
     position = tl.load(positions_ptr + offs_m, mask_x, other=0).to(tl.int64)[None, :]
     slot = tl.load(slot_mapping_ptr + offs_m, mask_x, other=-1)[None, :]
     is_known = (position >= 0) & (position < max_len)

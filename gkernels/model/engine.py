@@ -226,6 +226,7 @@ class Engine:
     def _reserve_turns(self, batch, ahead):
         """How many turns the batch takes by itself: as many as it needs and there are pages for, where every request decodes without asking the
         host, and none waits; else 0. The pages for what each request may bring are then its own."""
+        # The youngest first: it is the one that may be amid its prompt
         goes_alone = lambda r, n: n == 1 and r.computed + 1 == r.length and r.sampling.allowed_tokens is None
         if self.waiting or len(batch) < len(self.running) or not ahead.choices(ahead.most) or not all(goes_alone(r, n) for r, n in reversed(batch)):
             return 0
