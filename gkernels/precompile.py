@@ -95,7 +95,7 @@ class Launch:
     def source(self) -> tuple[ASTSource, object]:
         """What the compiler is given: the kernel with its types and constants, and the options."""
         options, *source = self.kernel._pack_args(self.backend, self.kwargs, self.bound, self.specialization, self.options)
-        return ASTSource(self.kernel, *source), options
+        return self.kernel.ASTSource(self.kernel, *source), options
 
     @property
     def hash(self) -> str:

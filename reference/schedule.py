@@ -71,9 +71,9 @@ def cut(works, tiling):
         for row in reversed(rows):
             first_item = len(tall)
             tall += [(*request, row, *piece, poisoned, len(pieces), first_item) for piece in pieces]
-    streams = total * tiling.programs // max(total + tall_segments, 1) if tiling.has_tall else 0
+    streams = total * tiling.programs // max(total + tall_segments, 1) if tiling.has_tall and not tiling.tall_programs else 0
     rounds = 1 if total > tall_segments else tiling.runs // max(streams, 1)
-    shares = rounds * max(streams, 1) if tall else tiling.programs
+    shares = rounds * max(streams, 1) if tall and not tiling.tall_programs else tiling.programs
     exact = max(cdiv(total, shares), 1)
     run_length = max(rounded for unit in (1, 2, 4, 8, 16) if (rounded := cdiv(exact, unit) * unit) * 15 <= exact * 16)
     runs = [begin_of(run * run_length, short, total, run_length > tiling.span * (RUN_SPANS - 2)) for run in range(tiling.runs + 1)]

@@ -53,12 +53,45 @@ def early_accesses(ptx):
     """What a kernel that may start before the node ahead ends does too early: accesses of memory before griddepcontrol.wait, and a wait that
     does not stand in the entry block, so that a path may miss it. A prefetch brings nothing into the program; nor does a load past the L1 of which
     nothing is used after the wait."""
+    if "setmaxnreg" in ptx:
+        return early_in_partitions(ptx)
     entry, wait, rest = ptx.partition("griddepcontrol.wait")
     branches = re.findall(r"^\s*(?:@!?%p\d+ )?(?:bra|ret|exit)\b.*|^\$L__BB\w+:", entry.partition("{")[2], re.MULTILINE)
     accesses = re.findall(r"\b(?:ld|st|atom|red|cp\.async|cp\.reduce)\.[\w.:]*global[\w.:]*", entry)
     early = [access for access in accesses if not access.startswith("ld.global.cg.")]
     early += [f"{register}, a hint that is used after," for register in sorted(hinted(entry) & set(re.findall(r"%\w+", rest)))]
     return (early + [line.strip() for line in branches]) if wait else ["no griddepcontrol.wait"]
+
+
+def early_in_partitions(ptx):
+    """The same for a kernel of several kinds of warps, whose paths part at its first instruction: accesses of memory that some path reaches without a
+    wait, and ends that one reaches with neither a wait nor a barrier, where warps meet those that wait."""
+    tables = dict(re.findall(r"(\$L_brx\w+): \.branchtargets\s+([^;]*);", ptx))
+    lines = re.findall(r"^\s*(\$L__BB\w+:|(?:@!?%\w+\s+)?[a-z][\w.:]*\b[^;]*;)", ptx.partition("\n{")[2], re.MULTILINE)
+    meet = lambda a, b: b if a is None else a if b is None else (a[0] and b[0], a[1] and b[1])
+    states, before, found = {}, None, set()                # by label: whether every path there has waited, and whether it has met others or waited
+    while states != before:
+        before, found, state = dict(states), set(), (False, False)
+        for line in lines:
+            op = re.sub(r"^@!?%\w+\s+", "", line)
+            goes_on = line.startswith("@")
+            if line.startswith("$"):
+                state = states[line[:-1]] = meet(states.get(line[:-1]), state)
+            elif state is None:
+                continue                                   # behind a jump, and no label yet
+            elif op.startswith("griddepcontrol.wait"):
+                state = (True, True)
+            elif op.startswith("barrier.sync"):
+                state = (state[0], True)
+            elif re.match(r"(?:ld|st|atom|red|cp)\.[\w.:]*global", op) and not state[0]:
+                found.add(op.split()[0])
+            elif re.match(r"(?:ret|exit)\b", op):
+                found.update(set() if state[1] else {op})
+                state = state if goes_on else None
+            elif targets := re.findall(r"\$L__BB\w+", tables[op.split()[-1].rstrip(";")] if op.startswith("brx.idx") else op):
+                states.update({label: meet(states.get(label), state) for label in targets})
+                state = state if goes_on else None
+    return sorted(found) if "griddepcontrol.wait" in ptx else ["no griddepcontrol.wait"]
 
 
 def hinted(block):

@@ -3,6 +3,8 @@
 import torch
 import triton
 import triton.language as tl
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
 from triton.language.extra import cuda
 
 
@@ -79,6 +81,24 @@ def _early_kernel(x_ptr, MODE: tl.constexpr):
     tl.store(x, tl.load(x) + early)
 
 
+@gluon.jit
+def _store_early(x, MODE: gl.constexpr):
+    if MODE == "halves wait":
+        cuda.gdc_wait()
+    tl.store(x, 1.0)
+
+
+@gluon.jit
+def _store_late(x):
+    cuda.gdc_wait()
+    tl.store(x, 2.0)
+
+
+@gluon.jit
+def _early_half_kernel(x_ptr, MODE: gl.constexpr):
+    gl.warp_specialize([(_store_late, (x_ptr,)), (_store_early, (x_ptr + 1, MODE))], [1], [24])
+
+
 def fill(x):
     _specialised_kernel[(1,)](x, x.shape[0], BLOCK=64)
 
@@ -111,6 +131,10 @@ def overlap(x, mode):
     _early_kernel[(4,)](x, MODE=mode, launch_pdl=True)
 
 
+def overlap_halves(x, mode):
+    _early_half_kernel[(4,)](x, MODE=mode, launch_pdl=True)
+
+
 def all_calls(device, dtypes=(torch.float32,)):
     for dtype in dtypes:
         x = torch.zeros(16384, dtype=dtype, device=device)
@@ -123,3 +147,5 @@ def all_calls(device, dtypes=(torch.float32,)):
         yield "dropped", product, (x[:8192].view(4, 2048), torch.zeros(64, 2048, dtype=dtype, device=device), torch.zeros(4, 64, device=device))
         for mode in ("good", "load", "hint", "unused", "branch", "none"):
             yield f"overlap {mode}", overlap, (x, mode)
+        for mode in ("halves wait", "one half waits"):
+            yield f"overlap {mode}", overlap_halves, (x, mode)

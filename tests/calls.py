@@ -4,7 +4,9 @@ One list serves the compiler test (every kernel for every target), the specialis
 A room's function takes a device and a dtype and yields (case, function, arguments).
 """
 
+from dataclasses import replace
 from functools import partial
+from unittest.mock import patch
 
 import torch
 
@@ -65,9 +67,10 @@ def attend(query_start_loc, seq_lens, block_table, tiling, plan, workspace, q, k
 def attention(device, dtype):
     from gkernels.kernels import attention, schedule
 
-    def call(batch, G, D, has_lse, drawn=PLAIN):
+    def call(batch, G, D, has_lse, drawn=PLAIN, apart_from=attention.APART_FROM):
         H, K, DV = G * 2, 2, drawn.DV or D
-        tiling = attention.tiling(batch.T, batch.R, H, K, D, DV, dtype, device, drawn.causal, drawn.window, 4)
+        with patch.object(attention, "APART_FROM", apart_from):
+            tiling = attention.tiling(batch.T, batch.R, H, K, D, DV, dtype, device, drawn.causal, drawn.window, 4)
         q, caches = torch.zeros(batch.T, H, D, dtype=dtype, device=device), batch.caches(K, D, dtype, device, 0.0, DV)
         if drawn.scales:
             caches = [cache.to(torch.float8_e4m3fn) for cache in caches]
@@ -85,6 +88,8 @@ def attention(device, dtype):
     yield "G16 D256 mixed", *call(MIXED, 16, 256, has_lse=True)
     yield "G7 D80 decode", *call(DECODE, 7, 80, has_lse=False)
     yield "G4 D64 features", *call(MIXED, 4, 64, True, FEATURES)
+    yield "G4 D128 tall", *call(MIXED, 4, 128, has_lse=False, apart_from=0)
+    yield "G4 D64 tall features", *call(MIXED, 4, 64, True, replace(FEATURES, scales=0), apart_from=0)
 
 
 @room

@@ -3,6 +3,7 @@
 torch's allocator is off there (PYTORCH_NO_CUDA_MEMORY_CACHING), so that an access past a tensor's end is one past an allocation's."""
 
 import sys
+from unittest.mock import patch
 
 import torch
 import triton
@@ -12,17 +13,19 @@ from tests.strategies import Batch, Features, randn
 
 
 def attention():
-    """Every path: tall tiles, runs that share segments and spans, pads, unused requests, bad lengths; then with options."""
+    """Every path: tall tiles beside short requests and in a launch of their own, runs that share segments and spans, pads, unused requests, bad
+    lengths; then with options."""
     from gkernels.kernels import attention
     batch = Batch([70, 1, 5, 1], [10, 9000, 600, 0], 16, pads=3, spare_requests=1)
     everything = Features(window=(9, -1), tree=True, softcap=1.5, sinks=True, alibi=2, scales=2)
-    for dtype, drawn in ((torch.bfloat16, Features()), (torch.float16, everything)):
+    for dtype, drawn, apart_from in ((torch.bfloat16, Features(), 0), (torch.bfloat16, Features(), 2048), (torch.float16, everything, 2048)):
         caches = batch.caches(2, 64, dtype, "cuda")
         caches = [cache.to(torch.float8_e4m3fn) for cache in caches] if drawn.scales else caches
         starts, lens, table = batch.metadata("cuda")
         lens[3] = -1
-        out, lse = attention.attention(randn(0, batch.T, 8, 64, dtype=dtype, device="cuda"), *caches, starts, lens, table,
-                                       **drawn.options(batch, 8, 2, "cuda"))
+        with patch.object(attention, "APART_FROM", apart_from):
+            out, lse = attention.attention(randn(0, batch.T, 8, 64, dtype=dtype, device="cuda"), *caches, starts, lens, table,
+                                           **drawn.options(batch, 8, 2, "cuda"))
         assert out[:76].isfinite().all() and lse[:76].isfinite().all() and out[76].isnan().all() and not out[77:].any()
 
 

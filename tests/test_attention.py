@@ -1,6 +1,7 @@
 """Paged attention against its twin, and the contract: what may not change a bit, and what must stay in its row, with every feature in use."""
 
 from random import Random
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -610,6 +611,71 @@ def test_offsets_pass_32_bits(device):
 def test_control_a_wrapped_page_is_caught(device):
     with pytest.raises(AssertionError, match="elements differ"):
         check_last_page(lambda *arguments: room.attention(*arguments[:5], arguments[5] % 2**17), device)
+
+
+HAS_TALL_LAUNCH = room.HAS_GLUON and torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
+TALL = {    # heads, D, page size, dtype, features; as many rows and keys as cross tiles, segments of 512 and spans of 8192
+    "plain": ((8, 2), 128, 16, torch.bfloat16, PLAIN),
+    "causal, all options": ((14, 2), 128, 64, torch.float16, Features(window=(300, -1), tree=True, softcap=9.0, sinks=True, alibi=2)),
+    "not causal": ((2, 2), 64, 8, torch.bfloat16, Features(causal=False, window=(100, 70), sinks=True)),
+    "wider values": ((4, 1), 64, 32, torch.float16, Features(window=(600, -1), DV=128)),
+    "narrower values": ((16, 1), 128, 128, torch.bfloat16, Features(tree=True, DV=64)),
+    "pages that no box fits": ((4, 2), 128, 24, torch.bfloat16, PLAIN),
+}
+TALL_BATCHES = [([100, 1, 333, 5, 64, 17], [0, 899, 1200, 72, 3000, 0], 264), ([200, 1, 40], [19800, 9000, 8152], 264), ([300, 70], [17000, 8100], 4)]
+
+
+def check_tall_launch(attention, device, heads, D, page_size, dtype, drawn, batch):
+    """The same bits as beside short requests, with junk in what no one may look at, in all of five launches and with other programs."""
+    query_lens, contexts, programs = batch
+    batch = Batch(query_lens, contexts, page_size, pads=7, spare_requests=1)
+    arguments, options = problem(batch, 3, dtype, device, heads, D, drawn, float("nan"))
+    want = room.attention(*arguments, **options, programs=264)
+    with patch.object(room, "APART_FROM", 0):
+        for count in (programs, programs, programs, programs, 37):
+            for got, same in zip(attention(*arguments, **options, programs=count), want, strict=True):
+                assert_same(got, same)
+
+
+@pytest.mark.skipif(not HAS_TALL_LAUNCH, reason="only on Hopper have tall requests a launch of their own")
+@pytest.mark.parametrize("batch", TALL_BATCHES, ids=["tiles", "a span an item", "several spans an item"])
+@pytest.mark.parametrize("case", TALL.values(), ids=TALL)
+def test_a_launch_of_their_own_changes_no_bit(device, case, batch):
+    check_tall_launch(room.attention, device, *case, batch)
+
+
+@pytest.mark.skipif(not HAS_TALL_LAUNCH, reason="only on Hopper have tall requests a launch of their own")
+def test_control_a_tall_launch_with_other_bits_is_caught(device):
+    def without_the_first_key(*arguments, **options):
+        return room.attention(*arguments, **options | {"window": (1531, -1)})
+
+    with pytest.raises(AssertionError, match="elements differ"):
+        check_tall_launch(without_the_first_key, device, *TALL["plain"], TALL_BATCHES[0])
+
+
+def cache_views(N=5, P=16, K=3, D=64):
+    """Every layout in use: slots first, heads first, and each beside the other half of one tensor."""
+    both, pairs = torch.arange(N * 2 * P * K * D).view(N, 2, P, K, D), torch.arange(N * P * K * 2 * D).view(N, P, K, 2, D)
+    yield from (both[:, 0].contiguous(), both[:, 1], pairs[..., 1, :])
+    yield from (view.transpose(1, 2) for view in (both.view(N, 2, K, P, D)[:, 1], both[:, 0].contiguous().view(N, K, P, D)))
+
+
+def test_boxes_hold_the_pages():
+    for cache in cache_views():
+        boxes = room._boxes(cache)
+        rows, (stride, one) = torch.as_strided(cache, boxes.shape, boxes.strides), boxes.strides
+        a_page, a_head, columns = cache.stride(0) // stride, cache.stride(2) // stride, cache.stride(2) % stride      # as `_fetch` has them
+        for n, head, slot in ((0, 0, 0), (4, 2, 15), (3, 1, 7)):
+            first = n * a_page + head * a_head + slot
+            assert one == 1 and torch.equal(rows[first, head * columns:][:64], cache[n, slot, head])
+        assert boxes.block_shape == [16, 64]
+
+
+@pytest.mark.parametrize("cache", [torch.zeros(3, 24, 2, 64), torch.zeros(3, 4, 2, 64), torch.zeros(3, 16, 2, 68)[..., :64],
+                                   torch.zeros(1, 16, 2, 64).expand(3, -1, -1, -1), torch.zeros(9000).as_strided((3, 16, 2, 64), (2056, 128, 64, 1))],
+                         ids=["page of 24", "page of 4", "rows off 16 bytes", "one page thrice", "pages apart by part of a row"])
+def test_other_pages_have_no_boxes(cache):
+    assert room._boxes(cache) is None
 
 
 @pytest.mark.parametrize("change, error, words", [

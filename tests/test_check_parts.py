@@ -16,6 +16,10 @@ import triton
 import triton.language as tl
 from hypothesis import given
 from hypothesis import strategies as st
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language import NVMMASharedLayout
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.runtime.jit import JITFunction
 
 from gkernels.graph import captures
@@ -29,6 +33,11 @@ from gkernels.graph.trace import NotReplayable, tracing
 
 CUDA = torch.cuda.is_available()
 on_cpu = pytest.mark.skipif(CUDA, reason="looks at the CPU interpreter")
+
+
+@gluon.jit
+def _boxes_kernel(boxes, n):
+    pass
 
 
 @triton.jit(do_not_specialize=["n", 3])
@@ -260,6 +269,15 @@ def test_a_compiled_kernel_is_classed_as_an_interpreted_one():
     bound = dict(out_ptr=torch.zeros(64), n=1, step=16, m=16, BLOCK=8)
     assert classes_of(compiled, bound) == {"out_ptr": "*fp32:16", "n": "i32", "step": "i32:16", "m": "i32"}
     assert options_of(compiled)["repr"] is None and options_of(JITFunction(_fill_kernel.fn, repr=lambda _: "own"))["repr"]
+
+
+def test_descriptors_are_several_arguments():
+    """Triton passes a map of 128 bytes, then each size in 4 bytes and each stride in 8: names of a node's arguments have to keep in step."""
+    boxes = TensorDescriptor(torch.zeros(32, 64), [32, 64], [64, 1], [16, 32], NVMMASharedLayout.get_default_for([16, 32], gl.float32))
+    got = classes_of(_boxes_kernel, {"boxes": boxes, "n": 3})
+    assert list(got) == ["boxes", "boxes.shape[0]", "boxes.shape[1]", "boxes.strides[0]", "boxes.strides[1]", "n"]
+    assert got["boxes"].startswith("tensordesc<fp32[16, 32]") and [*got.values()][1:] == ["i32", "i32", "i64", "i64", "i32"]
+
 
 
 def trace_of(fn, *writable):

@@ -21,6 +21,7 @@ import reference.llama as reference_llama
 import reference.sampling as reference_sampling
 from gkernels import ops
 from gkernels.graph import Buckets, Burst, Loop
+from gkernels.kernels import attention
 from gkernels.model.cache import PagedCache
 from gkernels.model.config import LlamaConfig
 from gkernels.model.engine import Engine, Event, Sampling
@@ -267,6 +268,21 @@ def test_a_row_that_sees_its_company_is_caught(device):
     m = build(device)
     with pytest.raises(AssertionError):
         check_logits(Mixed(m.config, m.weights, m.cos_sin), device, 5, 2, [1, 2], 16, 0)
+
+
+def test_one_workspace_fits_every_bucket(device, monkeypatch):
+    """Of decodes alone, of mixed steps with one launch of attention, and of large ones with two, as on Hopper."""
+    m = build(device)
+    c, config = m.config, attention.config
+    monkeypatch.setattr(attention, "APART_FROM", 12)
+    monkeypatch.setattr(attention, "config", lambda *model: replace(own := config(*model), STAGES=4, TALL_M=2 * own.TALL_PART))
+    s = Step(m, PagedCache.allocate(c.num_layers, 9, 4, c.num_kv_heads, c.head_dim, torch.float32, device), 16, 4, MAX_LEN)
+    cuts = {bucket: s.tiling(bucket) for bucket in range(1, 17)}
+    assert {(cut.has_tall, cut.tall_programs > 0) for cut in cuts.values()} == {(False, False), (True, False), (True, True)}
+    assert cuts[8].states > cuts[16].states                                         # so the largest bucket's is not enough
+    for cut in cuts.values():
+        workspace = s.workspace(cut)
+        assert workspace.states.numel() == cut.states and workspace.counters.numel() == cut.counters
 
 
 def check_turns(kind, device):

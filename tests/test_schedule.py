@@ -18,15 +18,17 @@ FIELDS = ("positions", "slot_mapping", "token_to_request", "last_token", "num_to
 JUNK = -123
 
 
-def tiling(kv_heads=2, short_rows=2, tall_rows=4, has_tall=True, programs=3, tall_slots=8, causal=True, left=-1):
-    """Segments of 8 tokens, spans of 32, and tall requests from 5 rows on, so that small batches are cut in every way."""
-    runs, tall_slots = (2 * programs, tall_slots) if has_tall else (programs, 0)
-    return room.Tiling(kv_heads, short_rows, tall_rows, 4, has_tall, 8, 4, programs, runs, tall_slots, 0, 0, causal, left)
+def tiling(kv_heads=2, short_rows=2, tall_rows=4, has_tall=True, programs=3, tall_slots=8, causal=True, left=-1, is_apart=False):
+    """Segments of 8 tokens, spans of 32, and tall requests from 5 rows on, so that small batches are cut in every way. is_apart: tall items have
+    a launch of their own."""
+    is_shared, tall_programs = has_tall and not is_apart, 2 if has_tall and is_apart else 0
+    runs, tall_slots = 2 * programs if is_shared else programs, tall_slots if has_tall else 0
+    return room.Tiling(kv_heads, short_rows, tall_rows, 4, has_tall, 8, 4, programs, runs, tall_slots, 0, 0, causal, left, tall_programs)
 
 
 tilings = st.builds(lambda shape, **others: tiling(*shape, **others), st.sampled_from([(2, 2, 4), (1, 4, 8), (3, 1, 5), (2, 3, 6)]),
                     has_tall=st.booleans(), programs=st.sampled_from([2, 1, 7, 132, 3]), tall_slots=st.sampled_from([8, 40, 200, 0, 3]),
-                    causal=st.booleans(), left=st.sampled_from([-1, 0, 5, 40]))
+                    causal=st.booleans(), left=st.sampled_from([-1, 0, 5, 40]), is_apart=st.booleans())
 
 
 @st.composite

@@ -69,8 +69,15 @@ def classes_of(function, bound: dict[str, object]) -> dict[str, str]:
     options = options_of(function)
     fixed, unaligned = (set(options[key] or ()) for key in ("do_not_specialize", "do_not_specialize_on_alignment"))
     constants = {name for name, kind in function.fn.__annotations__.items() if "constexpr" in str(kind)}
-    return {name: specialisation(bound[name], not fixed & {name, i}, not unaligned & {name, i}) for i, name in enumerate(function.arg_names)
-            if name not in constants and isinstance(bound.get(name), torch.Tensor | int | float)}
+    found: dict[str, str] = {}
+    for i, name in enumerate(function.arg_names):
+        value = None if name in constants else bound.get(name)
+        if rank := len(getattr(value, "block_shape", ())):     # a TensorDescriptor, which the launch hands over as a map, sizes and strides
+            found |= {name: specialisation(value, True, True)}
+            found |= {f"{name}.{part}[{j}]": kind for part, kind in (("shape", "i32"), ("strides", "i64")) for j in range(rank)}
+        elif isinstance(value, torch.Tensor | int | float):
+            found[name] = specialisation(value, not fixed & {name, i}, not unaligned & {name, i})
+    return found
 
 
 def options_of(function) -> dict:

@@ -67,12 +67,14 @@ def _attention_kernel(
             ask_ahead(tl.program_id(0), runs_at, inputs, strides, extents, C)
     wait_for_node_before(C.AHEAD > 0)
     if C.HAS_TALL:
-        num_items = tl.load(work_ptr) * C.K
+        PARTS: tl.constexpr = C.TALL_M // C.TALL_PART
+        num_items = tl.load(work_ptr) * C.K * PARTS
         ticket = num_items
         if tl.program_id(0) >= tl.load(work_ptr + 6):                             # the programs before it begin with runs
             ticket = tl.atomic_add(counters_ptr, 1, sem="relaxed")
         while ticket < num_items:
-            take_tall(ticket // C.K, ticket % C.K, tall_at, inputs, strides, extents, C)
+            unit = ticket // PARTS
+            take_tall(unit // C.K, ticket % PARTS * C.TALL_PART, unit % C.K, tall_at, inputs, strides, extents, C)
             ticket = tl.atomic_add(counters_ptr, 1, sem="relaxed")
         num_runs = tl.minimum(tl.load(work_ptr + 5), C.RUNS)
         ticket = tl.atomic_add(counters_ptr + 1, 1, sem="relaxed")

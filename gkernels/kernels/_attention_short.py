@@ -69,6 +69,7 @@ def _stream(begin, end, run_begin, run_end, run, run_length, request, first_toke
     TILES: tl.constexpr = C.SEGMENT // C.BLOCK_N
     table = block_table_ptr + request.to(tl.int64) * strides[8]
     num_rows = tl.cdiv(query_len, ROWS)
+    offs_m, offs_d = tl.arange(0, M), tl.arange(0, C.BLOCK_DV)
     first_key = first_segment * C.SEGMENT
     group_tiles = tl.cdiv(kv_len - first_key, C.BLOCK_N)                          # of the last segment only those with a live key
     first_tile = begin // num_segments * group_tiles + begin % num_segments * TILES
@@ -90,8 +91,9 @@ def _stream(begin, end, run_begin, run_end, run, run_length, request, first_toke
         pages, entries = pages_of(entries, N), load_pages(table, first_key + _tile_after(to_tile, group_tiles) * C.BLOCK_N, kv_len, C)
 
         n = first_key + tile * C.BLOCK_N
-        key, position, first, stop, tree, slope = sight_of(
-            row * ROWS, n, query_len, kv_len, request, first_token, kv_head, inputs, strides, extents, M, C)
+        key = n + tl.arange(0, C.BLOCK_N)
+        position, first, stop, tree, slope = sight_of(
+            row * ROWS, offs_m, query_len, kv_len, request, first_token, kv_head, inputs, strides, extents, C)
         seen = visibility(key, first, stop, tree, kv_len - query_len, C)
         k_scale = tl.load(k_scale_ptr + kv_head * strides[13]) if C.HAS_SCALE else 1.0
         m, l, acc = step(products(q, k, C), v, seen, True, key, position, slope, scale * k_scale, cap, m, l, acc, q.dtype, M, C)
@@ -106,19 +108,19 @@ def _stream(begin, end, run_begin, run_end, run, run_length, request, first_toke
             span_end = tl.minimum(span * C.SPAN + C.SPAN, first_segment + num_segments) - segment + x
             span_whole = (ordinal + span_begin >= run_begin) & (ordinal + span_end <= run_end)
             row_whole = (ordinal + group * num_segments >= run_begin) & (ordinal + (group + 1) * num_segments <= run_end)
-            token, head, live = rows_of(row * ROWS, query_len, first_token, kv_head, M, C)
+            token, head, live = rows_of(row * ROWS, offs_m, query_len, first_token, kv_head, C)
             if row_whole:
                 if x + 1 == span_end:
                     row_m, row_l, row_acc = fold(row_m, row_l, row_acc, span_m, span_l, span_acc)
                     span_m, span_l, span_acc = empty_state(M, C)
                 if x + 1 == (group + 1) * num_segments:
-                    finish(row_m, row_l, row_acc, poisoned, token, head, live, kv_head, inputs, strides, C)
+                    finish(row_m, row_l, row_acc, poisoned, token, head, live, offs_d, kv_head, inputs, strides, C)
                     row_m, row_l, row_acc = empty_state(M, C)
             elif (x + 1 == span_end) | (span_whole == 0):
                 slot = _segment_slot(ordinal + x, ordinal + span_begin, run_length, C)
                 span_slot = _span_slot(run, run_length, ordinal + group * num_segments, first_segment, span, C)
                 slot = tl.where(span_whole, C.RUNS * C.RUN_SEGMENTS + span_slot, slot)
-                put_state(states_ptr + slot.to(tl.int64) * C.SHORT_STATE, 0, span_m, span_l, span_acc, live, M, M, C)
+                put_state(states_ptr + slot.to(tl.int64) * C.SHORT_STATE, offs_m, offs_d, span_m, span_l, span_acc, live, M, C)
                 span_m, span_l, span_acc = empty_state(M, C)
             if tile == group_tiles - 1:
                 _, row, kv_head = _next(tile, row, kv_head, group_tiles, num_rows)
@@ -130,6 +132,7 @@ def _stream(begin, end, run_begin, run_end, run, run_length, request, first_toke
 @triton.jit
 def _fold_spans(row, first, count, group_begin, first_segment, run_length, states_ptr, C: tl.constexpr):
     """The state of one query row over `count` spans from `first` on."""
+    rows, offs_d = row * C.GROUP + tl.arange(0, C.GROUP), tl.arange(0, C.BLOCK_DV)
     m, l, acc = empty_state(C.GROUP, C)
     for base in range(first, first + count, C.SPAN):
         for j in tl.range(0, C.SPAN, loop_unroll_factor=8):                        # loads in batches: a round trip costs 0.7 us
@@ -137,7 +140,7 @@ def _fold_spans(row, first, count, group_begin, first_segment, run_length, state
             owner = tl.maximum(span * C.SPAN - first_segment + group_begin, group_begin) // run_length
             slot = C.RUNS * C.RUN_SEGMENTS + _span_slot(owner, run_length, group_begin, first_segment, span, C)
             state_ptr = states_ptr + slot.to(tl.int64) * C.SHORT_STATE
-            m_next, l_next, acc_next = get_state(state_ptr, row * C.GROUP, span < first + count, C.GROUP, C.SHORT_M, C)
+            m_next, l_next, acc_next = get_state(state_ptr, rows, offs_d, span < first + count, C.SHORT_M, C)
             m, l, acc = fold(m, l, acc, m_next, l_next, acc_next)
     return m, l, acc
 
@@ -152,6 +155,7 @@ def _settle(group, begin, end, run_length, first_token, query_len, kv_len, first
     num_rows = tl.cdiv(query_len, ROWS)
     kv_head, row0 = group // num_rows, group % num_rows * ROWS
     rows = tl.minimum(ROWS, query_len - row0)
+    offs_m, offs_d = tl.arange(0, GROUP), tl.arange(0, C.BLOCK_DV)
     group_begin = ordinal + group * num_segments                                  # ordinals of the whole step from here on
     begin, end = begin + ordinal, end + ordinal
     to_segment = first_segment - group_begin
@@ -170,24 +174,24 @@ def _settle(group, begin, end, run_length, first_token, query_len, kv_len, first
                     for base in range(span_begin, span_end, 8):
                         for x in tl.static_range(8):                               # loads in batches, as many as there are states
                             slot = _segment_slot(base + x, span_begin, run_length, C)
-                            m_next, l_next, acc_next = get_state(states_ptr + slot.to(tl.int64) * C.SHORT_STATE, row * GROUP, base + x < span_end,
-                                                                 GROUP, C.SHORT_M, C)
+                            m_next, l_next, acc_next = get_state(states_ptr + slot.to(tl.int64) * C.SHORT_STATE, row * GROUP + offs_m, offs_d,
+                                                                 base + x < span_end, C.SHORT_M, C)
                             m, l, acc = fold(m, l, acc, m_next, l_next, acc_next)
                     if span_end - span_begin == num_segments:
-                        token, head, live = rows_of(row0 + row, query_len, first_token, kv_head, GROUP, C)
-                        finish(m, l, acc, poisoned, token, head, live, kv_head, inputs, strides, C)
+                        token, head, live = rows_of(row0 + row, offs_m, query_len, first_token, kv_head, C)
+                        finish(m, l, acc, poisoned, token, head, live, offs_d, kv_head, inputs, strides, C)
                     else:
                         slot = C.RUNS * C.RUN_SEGMENTS + _span_slot(owner, run_length, group_begin, first_segment, span, C)
-                        put_state(states_ptr + slot.to(tl.int64) * C.SHORT_STATE, row * GROUP, m, l, acc, tl.full((GROUP,), True, tl.int1), GROUP,
-                                  C.SHORT_M, C)
+                        put_state(states_ptr + slot.to(tl.int64) * C.SHORT_STATE, row * GROUP + offs_m, offs_d, m, l, acc,
+                                  tl.full((GROUP,), True, tl.int1), C.SHORT_M, C)
                 done += tl.where(span_end - span_begin == num_segments, 0, span_end - span_begin)
     spans = (first_segment + num_segments - 1) // C.SPAN - first_segment // C.SPAN + 1
     if (spans > 1) & (done > 0):
         if count_in(counters_ptr + 4 + C.RUNS + group_begin // run_length, done, num_segments):
             for row in range(0, rows):
                 m, l, acc = _fold_spans(row, first_segment // C.SPAN, spans, group_begin, first_segment, run_length, states_ptr, C)
-                token, head, live = rows_of(row0 + row, query_len, first_token, kv_head, GROUP, C)
-                finish(m, l, acc, poisoned, token, head, live, kv_head, inputs, strides, C)
+                token, head, live = rows_of(row0 + row, offs_m, query_len, first_token, kv_head, C)
+                finish(m, l, acc, poisoned, token, head, live, offs_d, kv_head, inputs, strides, C)
 
 
 @triton.jit

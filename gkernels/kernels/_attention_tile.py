@@ -54,34 +54,33 @@ def row_sums(x, M: tl.constexpr, N: tl.constexpr):
 
 
 @triton.jit
-def rows_of(row0, query_len, first_token, kv_head, M: tl.constexpr, C: tl.constexpr):
+def rows_of(row0, offs_m, query_len, first_token, kv_head, C: tl.constexpr):
     """A tile's rows, the heads of a group side by side, all [M]: token, head, live."""
-    offs_m = tl.arange(0, M)
     row, member = row0 + offs_m // C.GROUP, offs_m % C.GROUP
     token, head = first_token.to(tl.int64) + row, (kv_head * C.G + member).to(tl.int64)
     return token, head, (row < query_len) & (member < C.G)
 
 
 @triton.jit
-def sight_of(row0, n, query_len, kv_len, request, first_token, kv_head, inputs, strides, extents, M: tl.constexpr, C: tl.constexpr):
-    """What decides which keys a tile's rows see, and how: keys [BLOCK_N] from n on; [M]: position, first key, end of keys, tree bits, slope."""
+def sight_of(row0, offs_m, query_len, kv_len, request, first_token, kv_head, inputs, strides, extents, C: tl.constexpr):
+    """What decides which keys a tile's rows see, and how, [M]: position, first key, end of keys, tree bits, slope."""
     left, right = extents[4], extents[5]
-    token, head, live = rows_of(row0, query_len, first_token, kv_head, M, C)
-    position = kv_len - query_len + row0 + tl.arange(0, M) // C.GROUP
+    token, head, live = rows_of(row0, offs_m, query_len, first_token, kv_head, C)
+    position = kv_len - query_len + row0 + offs_m // C.GROUP
     first = position - left if C.HAS_LEFT else position
-    stop = tl.minimum(position + right + 1, kv_len) if C.HAS_RIGHT else kv_len + tl.zeros((M,), tl.int32)
+    stop = tl.minimum(position + right + 1, kv_len) if C.HAS_RIGHT else kv_len + offs_m * 0
     tree = tl.load(inputs[11] + token, live, other=-1) if C.HAS_TREE else position
     slope = position.to(tl.float32)
     if C.HAS_ALIBI:
         slope = tl.load(inputs[10] + request.to(tl.int64) * strides[12] + head, live, other=0.0) * 1.4426950408889634
-    return n + tl.arange(0, C.BLOCK_N), position, first, stop, tree, slope
+    return position, first, stop, tree, slope
 
 
 @triton.jit
 def load_queries(row0, query_len, first_token, kv_head, q_ptr, strides, M: tl.constexpr, C: tl.constexpr):
     """[M, BLOCK_D] of q, zeros in rows that are not live."""
     offs_d = tl.arange(0, C.BLOCK_D)
-    token, head, live = rows_of(row0, query_len, first_token, kv_head, M, C)
+    token, head, live = rows_of(row0, tl.arange(0, M), query_len, first_token, kv_head, C)
     q = q_ptr + token[:, None] * strides[0] + head[:, None] * strides[1] + offs_d[None, :]
     return tl.load(q, live[:, None] & (offs_d < C.D)[None, :], other=0.0)
 
@@ -177,9 +176,10 @@ def products(q, k, C: tl.constexpr):
 
 
 @triton.jit
-def step(s, v, seen, masked: tl.constexpr, key, position, slope, scale, cap, m, l, acc, dtype: tl.constexpr, M: tl.constexpr, C: tl.constexpr):
-    """The state after one more tile of keys. s [M, N] from `products`, v [N, DV]; m [M], l [M, N / 4, 1], acc [M, DV]. `scale` makes logits base 2;
-    with a cap it makes them multiples of the cap, which is base 2 itself. Where not `masked`, keys that are not seen are -inf already."""
+def weigh(s, seen, masked: tl.constexpr, key, position, slope, scale, cap, m, C: tl.constexpr):
+    """What one more tile of keys makes of m [M]; alpha [M], by which the weights of the keys before are multiplied; and the tile's weights [M, N].
+    s [M, N] from `products`. `scale` makes logits base 2; with a cap it makes them multiples of the cap, which is base 2 itself. Where not `masked`,
+    keys that are not seen are -inf already."""
     if C.HAS_CAP or C.HAS_ALIBI:
         s = s * scale
         if C.HAS_CAP:
@@ -195,15 +195,20 @@ def step(s, v, seen, masked: tl.constexpr, key, position, slope, scale, cap, m, 
             s = tl.where(seen, s, float("-inf"))
         top = tl.maximum(m, tl.max(s, 1) * scale)
         safe = tl.where(top == float("-inf"), 0.0, top)
-        p = tl.exp2(tl.fma(s, tl.zeros_like(s) + scale, tl.broadcast_to(-safe[:, None], s.shape)))
-    alpha = tl.exp2(m - safe)
-    l = tl.fma(l, tl.broadcast_to(alpha[:, None, None], l.shape), quad_sums(p, M, C.BLOCK_N))
-    acc = tl.dot(p.to(dtype), _operand(v, dtype, C), acc * alpha[:, None], input_precision=C.PRECISION)
-    return top, l, acc
+        p = tl.exp2(tl.fma(s, 0.0 + scale, -safe[:, None]))                # a sum, and so in a register: else sm_90 spills 8 bytes more
+    return top, tl.exp2(m - safe), p
 
 
 @triton.jit
-def finish(m, l, acc, poisoned, token, head, live, kv_head, inputs, strides, C: tl.constexpr):
+def step(s, v, seen, masked: tl.constexpr, key, position, slope, scale, cap, m, l, acc, dtype: tl.constexpr, M: tl.constexpr, C: tl.constexpr):
+    """The state after one more tile of keys: see `weigh`; v [N, DV], l [M, N / 4, 1], acc [M, DV]."""
+    m, alpha, p = weigh(s, seen, masked, key, position, slope, scale, cap, m, C)
+    l = tl.fma(l, alpha[:, None, None], quad_sums(p, M, C.BLOCK_N))
+    return m, l, tl.dot(p.to(dtype), _operand(v, dtype, C), acc * alpha[:, None], input_precision=C.PRECISION)
+
+
+@triton.jit
+def finish(m, l, acc, poisoned, token, head, live, offs_d, kv_head, inputs, strides, C: tl.constexpr):
     """Writes the rows of a finished state to out and lse."""
     v_scale = tl.load(inputs[13] + kv_head * strides[14]) if C.HAS_SCALE else 1.0
     out_ptr, lse_ptr, sinks_ptr = inputs[7], inputs[8], inputs[9]
@@ -214,7 +219,6 @@ def finish(m, l, acc, poisoned, token, head, live, kv_head, inputs, strides, C: 
         alpha = tl.exp2(m - safe)
         l, acc, m = tl.fma(l, alpha, tl.exp2(sink - safe)), acc * alpha[:, None], top
     poison = tl.where(poisoned != 0, float("nan"), 0.0)                           # and its 0.0 makes one path's -0.0 the other's 0.0
-    offs_d = tl.arange(0, C.BLOCK_DV)
     acc = acc * (v_scale / tl.where(l == 0.0, 1.0, l))[:, None] + poison
     out = out_ptr + token[:, None] * strides[9] + head[:, None] * strides[10] + offs_d[None, :]
     tl.store(out, acc.to(out_ptr.dtype.element_ty), live[:, None] & (offs_d < C.DV)[None, :])
@@ -223,20 +227,18 @@ def finish(m, l, acc, poisoned, token, head, live, kv_head, inputs, strides, C: 
 
 
 @triton.jit
-def put_state(state_ptr, row, m, l, acc, live, ROWS: tl.constexpr, M: tl.constexpr, C: tl.constexpr):
-    """Stores rows from `row` on of a state of M rows, as float32: acc [M, BLOCK_DV], m [M], l [M]."""
-    rows = row + tl.arange(0, ROWS)
-    tl.store(state_ptr + rows[:, None] * C.BLOCK_DV + tl.arange(0, C.BLOCK_DV)[None, :], acc, live[:, None])
+def put_state(state_ptr, rows, offs_d, m, l, acc, live, M: tl.constexpr, C: tl.constexpr):
+    """Stores rows of a state of M rows, as float32: acc [M, BLOCK_DV], m [M], l [M]."""
+    tl.store(state_ptr + rows[:, None] * C.BLOCK_DV + offs_d[None, :], acc, live[:, None])
     tl.store(state_ptr + M * C.BLOCK_DV + rows, m, live)
     tl.store(state_ptr + M * (C.BLOCK_DV + 1) + rows, l, live)
 
 
 @triton.jit
-def get_state(state_ptr, row, live, ROWS: tl.constexpr, M: tl.constexpr, C: tl.constexpr):
-    """Loads rows of a state that another program may have stored, hence past the L1; empty where not `live`, [ROWS] or one for all."""
-    rows = row + tl.arange(0, ROWS)
+def get_state(state_ptr, rows, offs_d, live, M: tl.constexpr, C: tl.constexpr):
+    """Loads rows of a state that another program may have stored, hence past the L1; empty where not `live`, one for all or one a row."""
     live = live & (rows >= 0)
-    acc = tl.load(state_ptr + rows[:, None] * C.BLOCK_DV + tl.arange(0, C.BLOCK_DV)[None, :], live[:, None], other=0.0, cache_modifier=".cg")
+    acc = tl.load(state_ptr + rows[:, None] * C.BLOCK_DV + offs_d[None, :], live[:, None], other=0.0, cache_modifier=".cg")
     m = tl.load(state_ptr + M * C.BLOCK_DV + rows, live, other=float("-inf"), cache_modifier=".cg")
     return m, tl.load(state_ptr + M * (C.BLOCK_DV + 1) + rows, live, other=0.0, cache_modifier=".cg"), acc
 

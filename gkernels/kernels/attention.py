@@ -1,4 +1,4 @@
-"""Paged attention for any mix of prefill chunks, decodes and speculative rows, in one launch of a fixed grid.
+"""Paged attention for any mix of prefill chunks, decodes and speculative rows, in one launch of a fixed grid, or on Hopper in two.
 
 out = softmax(scale * q k^T + mask) v over each request's pages, with grouped query heads (H = G * K, any G from 1 to 16).
 q [T, H, D]; k_cache [N, P, K, D] and v_cache [N, P, K, DV] with any strides but a contiguous last dimension; block_table int32 [R, W];
@@ -9,8 +9,10 @@ online (Dao 2023, arXiv 2307.08691); segments are folded into their span in orde
 is free, so a row's bits depend on its own request alone: not on the batch, the bucket, the chunking, the page layout or the number of programs.
 Short requests (decode, verify) are runs of (head, segment) pairs streamed through one loop; where a run ends inside a span, the last program
 to arrive there folds the parts. Tall ones (prefill) are tiles of BLOCK_M rows over all their keys, or over one span where those tiles are few.
-Where a step has both, some programs begin with runs while others take tall tiles: one streams memory while its neighbour computes.
-On Hopper and later the launch overlaps with the node before it, and waits for its end before it reads what counts or writes anything.
+Where a launch has both, some programs begin with runs while others take tall tiles: one streams memory while its neighbour computes.
+On Hopper, from capacities of APART_FROM tokens on, tall requests have a launch of their own before it (`_attention_hopper`): for D and DV of 64 or
+128, no fp8, and pages that the hardware copies, of 8, 16, 32 or multiples of 64 slots. Both launches are made whatever the batch holds.
+On Hopper and later a launch overlaps with the node before it, and waits for its end before it reads what counts or writes anything.
 Pad rows are zeros with lse -inf; rows of a request with bad lengths or pages are NaN. Keys that are not live are never read; but a value of
 the request's own that is not finite spoils every row of its tile, also rows before it (0 times NaN).
 """
@@ -29,8 +31,17 @@ from ._attention import _attention_kernel
 from ._overlap import overlaps
 from .schedule import RECORD, RUN_SPANS, Tiling, schedule
 
+if HAS_GLUON := triton.__version__.startswith("3.6."):     # an experiment of Triton's, that other versions may change: they have one launch
+    from triton.experimental.gluon.language import NVMMASharedLayout
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    from ._attention_hopper import _attention_tall_kernel
+
 LOG2_E = 1.4426950408889634
 MAX_GROUP = 16
+# Tokens of capacity from which tall requests have a launch of their own on Hopper. On the H200 it takes prefill of 2048 to 16384 tokens from 347 to
+# 377 and from 366 to 473 TFLOP/s, and 0.1 ms from a step of 1B of 2048 mixed tokens; but steps of 129 and 513 last 0.1 ms longer with two launches.
+APART_FROM = 2048
 
 
 @dataclass(frozen=True)
@@ -41,18 +52,20 @@ class Config:
     SPAN: int
     BLOCK_N: int
     SHORT_M: int
-    TALL_M: int
+    TALL_M: int              # in a launch of their own
+    TALL_PART: int           # and beside short requests
     num_stages: int
     num_warps: int
     programs: int            # a multiprocessor
+    STAGES: int = 0          # tiles of keys that the launch of `_attention_hopper` keeps; 0: tall tiles have no launch of their own
 
 
 def config(D: int, DV: int, dtype: torch.dtype) -> Config:
     wide, target = max(D, DV), None if _check.INTERPRETED else triton.runtime.driver.active.get_current_target()
     if dtype == torch.float32:                       # exact products run on the scalar units: small tiles keep registers free
-        return Config(512, 16, 32 if wide <= 64 else 16, 16, 16, 1, 4 if wide <= 64 else 8, 1)
+        return Config(512, 16, 32 if wide <= 64 else 16, 16, 16, 16, 1, 4 if wide <= 64 else 8, 1)
     if wide > 128:
-        return Config(512, 16, 32, 16, 16, 2, 4, 2)
+        return Config(512, 16, 32, 16, 16, 16, 2, 4, 2)
     # Hopper's 64-row products take keys and values from shared memory; elsewhere they pass through registers, and a tall tile has to leave room.
     # Two programs of 3 stages fill the shared memory of a data-center GPU (228 KiB), one the 99 KiB of others; AMD's has 64 KiB.
     hopper = target is None or (target.backend == "cuda" and target.arch // 10 == 9)
@@ -60,7 +73,10 @@ def config(D: int, DV: int, dtype: torch.dtype) -> Config:
     # A lone program takes 0.8 us for 64 keys of D 64, 1.2 of D 128. Segments of 256 keys halve how many follow each other and double the folds: they
     # spare a context of 1024 keys 2.5 us at D 64; at D 128 they would cost 8x4096 5 %.
     segment, span = (256, 32) if wide <= 64 else (512, 16)
-    return Config(segment, span, 64, 16, 64 if hopper else 16, 2 if small else 3, 4, 2)
+    if HAS_GLUON and hopper and target is not None and D in (64, 128) and DV in (64, 128):
+        return Config(segment, span, 64, 16, 128, 64, 3, 4, 2, STAGES=4)
+    part = 64 if hopper else 16
+    return Config(segment, span, 64, 16, part, part, 2 if small else 3, 4, 2)
 
 
 class Launch(NamedTuple):
@@ -85,8 +101,10 @@ class Launch(NamedTuple):
     SHORT_STATE: int         # float32 of a short tile's state
     TALL_M: int
     TALL_STATE: int
-    PART: int                # rows of a tall tile that are folded at a time
+    TALL_PART: int           # rows of a tall tile that a program takes at a time
+    FEW: int                 # and that it folds at a time
     TALL_SLOTS: int
+    STAGES: int              # tiles of keys and values that the launch of tall tiles keeps
     FILL_H: int
     SEGMENT: int
     SPAN: int
@@ -129,14 +147,31 @@ def tiling(T: int, R: int, H: int, K: int, D: int, DV: int, dtype: torch.dtype, 
         device = torch.device(device)
         multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
         programs = multiprocessors * c.programs
-    runs, tall_slots = (2 * programs, 2 * programs) if has_tall else (programs, 0)
+    tall_programs = max(programs // c.programs, 1) if has_tall and c.STAGES and T >= APART_FROM else 0
+    tall_m = c.TALL_M if tall_programs else c.TALL_PART
+    runs = 2 * programs if has_tall and not tall_programs else programs
+    tall_slots = 0 if not has_tall else 2 * tall_programs or 2 * programs
     row = _block(DV) + 2                             # float32 of a state's row: acc, m, l
-    states = runs * (2 * c.SPAN + RUN_SPANS) * c.SHORT_M * row + (tall_slots + 2 * programs if has_tall else 0) * c.TALL_M * row
-    return Tiling(K, c.SHORT_M // group, c.TALL_M // group, 64 // group, has_tall, c.SEGMENT, c.SPAN, programs, runs, tall_slots,
-                  states, 4 + 2 * runs + tall_slots, causal, window[0])
+    states = runs * (2 * c.SPAN + RUN_SPANS) * c.SHORT_M * row + (tall_slots + 2 * programs if has_tall else 0) * tall_m * row
+    return Tiling(K, c.SHORT_M // group, tall_m // group, 64 // group, has_tall, c.SEGMENT, c.SPAN, programs, runs, tall_slots,
+                  states, 4 + 2 * runs + tall_slots * (tall_m // c.TALL_PART), causal, window[0], tall_programs)
 
 
 _tiling = tiling                                     # for functions with an argument of that name
+
+
+def _boxes(cache: torch.Tensor) -> TensorDescriptor | None:
+    """The cache [N, P, K, D] as rows, one a slot, or a slot and head, of which the hardware copies a page, or 64 slots of one, by 128 bytes at once.
+    None where pages or strides do not allow it."""
+    (N, P, K, D), (stride_n, stride_p, stride_h, _) = cache.shape, cache.stride()
+    if (64 % P and P % 64) or P < 8 or min(stride_n, stride_p, stride_h) <= 0 or stride_n % stride_p or (stride_h > stride_p and stride_h % stride_p):
+        return None
+    rows = (N - 1) * (stride_n // stride_p) + (K - 1) * (stride_h // stride_p) + P
+    if stride_p % 8 or stride_h % 8 or rows >= 2**31:
+        return None
+    box = [min(P, 64), 64]
+    columns = (K - 1) * (stride_h % stride_p) + D
+    return TensorDescriptor(cache, [rows, columns], [stride_p, 1], box, NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2))
 
 
 @dataclass(frozen=True)
@@ -204,24 +239,32 @@ def attention_out(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor,
         return
     left, right = window[0], 0 if causal else window[1]
     c, wide = config(D, DV, q.dtype), lambda t, dim: 0 if t is None or t.shape[dim] == 1 else t.stride(dim)
-    short_state, tall_state = (m * (_block(DV) + 2) for m in (c.SHORT_M, c.TALL_M))
+    tall_m = tiling.tall_rows * triton.next_power_of_2(G)
+    short_state, tall_state = (m * (_block(DV) + 2) for m in (c.SHORT_M, tall_m))
     launch = Launch(
         K=K, G=G, GROUP=triton.next_power_of_2(G), D=D, DV=DV, BLOCK_D=_block(D), BLOCK_DV=_block(DV), P=P,
         TWINS=k_cache.stride() == v_cache.stride() and D == DV, WIDE=max(k_cache.stride(1), v_cache.stride(1)) * P >= 2**31,
         ALIGN=math.gcd(16, *k_cache.stride()[:3], *v_cache.stride()[:3]), RECORD=RECORD, RUN_SEGMENTS=2 * c.SPAN, RUN_SPANS=RUN_SPANS,
-        RUNS=tiling.runs, SHORT_M=c.SHORT_M, SHORT_STATE=short_state, TALL_M=c.TALL_M, TALL_STATE=tall_state, PART=min(c.TALL_M, 16),
-        TALL_SLOTS=tiling.tall_slots, FILL_H=min(triton.next_power_of_2(H), 16), SEGMENT=c.SEGMENT, SPAN=c.SPAN, BLOCK_N=c.BLOCK_N,
+        RUNS=tiling.runs, SHORT_M=c.SHORT_M, SHORT_STATE=short_state, TALL_M=tall_m, TALL_STATE=tall_state, TALL_PART=c.TALL_PART,
+        FEW=min(c.TALL_PART, 16), TALL_SLOTS=tiling.tall_slots, STAGES=c.STAGES, FILL_H=min(triton.next_power_of_2(H), 16), SEGMENT=c.SEGMENT,
+        SPAN=c.SPAN, BLOCK_N=c.BLOCK_N,
         AHEAD=min(c.SEGMENT, (1 << 17) // (_block(max(D, DV)) * k_cache.element_size())) if overlaps() else 0,
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32", HAS_TALL=tiling.has_tall, HAS_LEFT=left >= 0, HAS_RIGHT=right >= 0,
         HAS_CAP=softcap > 0, HAS_SINK=sinks is not None, HAS_ALIBI=alibi_slopes is not None, HAS_TREE=tree_mask is not None, HAS_SCALE=is_scaled,
         HAS_LSE=lse is not None)
+    tensors = (q, k_cache, v_cache, block_table, work, workspace.states, workspace.counters, out, lse, sinks, alibi_slopes, tree_mask)
+    factors = scale / softcap if softcap else scale * LOG2_E, softcap * LOG2_E
+    strides = (q.stride(0), q.stride(1), *k_cache.stride()[:3], *v_cache.stride()[:3], block_table.stride(0), out.stride(0), out.stride(1),
+               0 if lse is None else lse.stride(0), alibi_slopes.stride(0) if alibi_slopes is not None and alibi_slopes.dim() == 2 else 0)
+    extents = T, R, block_table.shape[1], N, left, right
+    boxes = [_boxes(cache) for cache in (k_cache, v_cache)] if tiling.tall_programs and not is_scaled else [None]
+    if None not in boxes:
+        _attention_tall_kernel[(tiling.tall_programs,)](
+            *boxes, *tensors, *factors, *strides, *extents, sections[-1], C=launch, num_warps=4, **({"launch_pdl": True} if launch.AHEAD else {}))
+        launch = launch._replace(HAS_TALL=False)
     _attention_kernel[(tiling.programs,)](
-        q, k_cache, v_cache, block_table, work, workspace.states, workspace.counters, out, lse, sinks, alibi_slopes, tree_mask, k_scale, v_scale,
-        scale / softcap if softcap else scale * LOG2_E, softcap * LOG2_E,
-        q.stride(0), q.stride(1), k_cache.stride(0), k_cache.stride(1), k_cache.stride(2), v_cache.stride(0), v_cache.stride(1), v_cache.stride(2),
-        block_table.stride(0), out.stride(0), out.stride(1), 0 if lse is None else lse.stride(0),
-        alibi_slopes.stride(0) if alibi_slopes is not None and alibi_slopes.dim() == 2 else 0, wide(k_scale, 0), wide(v_scale, 0),
-        T, R, block_table.shape[1], N, left, right, *sections, C=launch, num_warps=c.num_warps, num_stages=c.num_stages,
+        *tensors, k_scale, v_scale, *factors, *strides, wide(k_scale, 0), wide(v_scale, 0), *extents, *sections, C=launch,
+        num_warps=c.num_warps, num_stages=c.num_stages,
         **({"launch_pdl": True} if launch.AHEAD else {}), **_check.registers(255))       # else sm_120 spills 670 bytes for a third program
 
 

@@ -59,7 +59,7 @@ def _schedule_kernel(
     T, R, W, N, left, num_runs, tall_slots, fills_at, short_at, runs_at, tall_at,
     P: tl.constexpr, K: tl.constexpr, SHORT_ROWS: tl.constexpr, TALL_ROWS: tl.constexpr, SHORT_LIMIT: tl.constexpr, SEGMENT: tl.constexpr,
     SPAN: tl.constexpr, RECORD: tl.constexpr, RUN_SPANS: tl.constexpr, IS_CAUSAL: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_TALL: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_T: tl.constexpr, OVERLAPS: tl.constexpr,
+    SHARES: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_T: tl.constexpr, OVERLAPS: tl.constexpr,
 ):
     wait_for_node_before(OVERLAPS)
     r = tl.program_id(0)
@@ -92,11 +92,12 @@ def _schedule_kernel(
     items = tiles * tl.where(is_split, spans, 1)
     is_fill = is_request & (query_lens > 0) & (works == 0)
     total, num_tall = tl.sum(ordinals), tl.sum(items)
-    # A segment of a short request takes a program about as long as one of a tall tile: 22 us where all stream, 8 where few do, against 11. So
-    # short requests get that share of the programs, for memory and tensor cores to work side by side; the others end with what is left of the runs.
-    # Where most is short, memory decides the end, and one run each leaves the fewest ends to fold; else runs come in whole rounds of those programs.
+    # Where both are in one launch: a segment of a short request takes a program about as long as one of a tall tile, 22 us where all stream, 8 where
+    # few do, against 11. So short requests get that share of the programs, for memory and tensor cores to work side by side; the others end with what
+    # is left of the runs. Where most is short, memory decides the end, and one run each leaves the fewest ends to fold; else runs come in whole
+    # rounds of those programs.
     streams, shares = 0, num_runs
-    if HAS_TALL:
+    if SHARES:
         programs = num_runs // 2
         in_sight = tl.maximum(lens - query_lens // 2, 1)                           # keys, of a row in the middle
         tall_segments = tl.sum((tiles * (tl.cdiv(in_sight, SEGMENT) - first_segment)).to(tl.int64)) * K
@@ -217,12 +218,13 @@ class Tiling:
     segment: int             # tokens
     span: int                # segments
     programs: int            # of attention's launch
-    runs: int                # capacity: as many as programs, twice as many where tall items go before
+    runs: int                # capacity: as many as programs, twice as many where tall items go before in the same launch
     tall_slots: int          # states of tall tiles that the workspace holds for spans that are items of their own
     states: int              # float32 of the workspace
     counters: int            # int32 of the workspace
     causal: bool = True
     left: int = -1           # keys before a row's position that it sees at most; -1: all
+    tall_programs: int = 0   # of the launch that tall items have of their own; 0: none, they go before runs
 
     def sections(self, T: int, R: int) -> tuple[int, int, int, int, int]:
         """Rows of the work list at which fills, short requests, runs and tall items begin, and their number in all."""
@@ -288,7 +290,8 @@ def schedule_out(query_start_loc: torch.Tensor, seq_lens: torch.Tensor, block_ta
         out.work, out.status, block_table.stride(0), T, R, block_table.shape[1], num_pages, tiling.left, tiling.runs, tiling.tall_slots, *sections,
         P=page_size, K=tiling.kv_heads, SHORT_ROWS=tiling.short_rows, TALL_ROWS=tiling.tall_rows, SHORT_LIMIT=tiling.short_limit,
         SEGMENT=tiling.segment, SPAN=tiling.span, RECORD=RECORD, RUN_SPANS=RUN_SPANS, IS_CAUSAL=tiling.causal, HAS_LEFT=tiling.left >= 0,
-        HAS_TALL=tiling.has_tall, BLOCK_R=c.BLOCK_R, BLOCK_T=c.BLOCK_T, num_warps=c.num_warps, **overlap())
+        HAS_TALL=tiling.has_tall, SHARES=tiling.has_tall and not tiling.tall_programs, BLOCK_R=c.BLOCK_R, BLOCK_T=c.BLOCK_T,
+        num_warps=c.num_warps, **overlap())
 
 
 def schedule(query_start_loc: torch.Tensor, seq_lens: torch.Tensor, block_table: torch.Tensor, page_size: int, num_pages: int, T: int,

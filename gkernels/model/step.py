@@ -75,7 +75,8 @@ class Step:
         self._options: list[tuple] = []                                                       # its sampling options, by row
         self._drawn: dict[str, tuple] = dict.fromkeys(COLUMNS, ())                            # and by field
         self._plans: dict[int, ops.Schedule] = {}
-        tilings = [self.tiling(bucket) for bucket in (max_requests, max_tokens)]               # each bucket's is as large as one of these
+        # each bucket's tiling is as large as one of these: of decodes alone, and of mixed steps with one launch of attention and with two
+        tilings = [self.tiling(bucket) for bucket in (max_requests, min(max_requests + 1, max_tokens), max_tokens)]
         self._states = torch.empty(max(tiling.states for tiling in tilings), device=device)
         self._counters = torch.zeros(max(tiling.counters for tiling in tilings), dtype=torch.int32, device=device)
         self._sampling = ops.SamplingWorkspace.allocate(R, V, device)
