@@ -18,7 +18,7 @@ from tests.close import RELATIVE_RMS, assert_close, assert_same, bits
 from tests.strategies import randn
 
 CUDA = torch.cuda.is_available()
-H, K, D, PAGE = 4, 2, 16, 16
+H, K, PAGE = 4, 2, 16
 REPLAYS = 10_000 if CUDA else 5
 no_gpu = pytest.mark.skipif(CUDA, reason="looks at the CPU interpreter")
 
@@ -26,7 +26,7 @@ no_gpu = pytest.mark.skipif(CUDA, reason="looks at the CPU interpreter")
 class Step:
     """Static tensors for T tokens and R requests of at most `longest` keys, pages of their own for each request, and one step over them."""
 
-    def __init__(self, device, T, R, longest, programs=None, dtype=torch.float16):
+    def __init__(self, device, T, R, longest, programs=None, dtype=torch.float16, D=16):
         W = -(-longest // PAGE)
         N = 1 + R * W
         self.q, *self.caches = (randn(i, *shape, dtype=dtype, device=device) for i, shape in enumerate([(T, H, D), (N, PAGE, K, D), (N, PAGE, K, D)]))
@@ -96,14 +96,15 @@ def extremes(T, R, longest):
     return ([1] * R, [1] * R), ([T // R] * R, [longest] * R)
 
 
-CAPACITIES = [(2, 2, 1040), (80, 2, 592), pytest.param(64, 64, 9216, marks=pytest.mark.gpu), pytest.param(4096, 8, 9216, marks=pytest.mark.gpu)]
+CAPACITIES = [(2, 2, 1040, 16), (80, 2, 592, 16), pytest.param(64, 64, 9216, 16, marks=pytest.mark.gpu),
+              pytest.param(4096, 8, 9216, 16, marks=pytest.mark.gpu), pytest.param(4096, 8, 9216, 64, marks=pytest.mark.gpu)]
 
 
 @pytest.mark.parametrize("grows", [True, False], ids=["shortest captured", "longest captured"])
-@pytest.mark.parametrize("T, R, longest", CAPACITIES)
-def test_a_graph_of_the_shortest_serves_the_longest(device, T, R, longest, grows):
+@pytest.mark.parametrize("T, R, longest, D", CAPACITIES)
+def test_a_graph_of_the_shortest_serves_the_longest(device, T, R, longest, D, grows):
     short, long = extremes(T, R, longest)
-    check_other_lengths(captured, Step(device, T, R, longest), *((short, long) if grows else (long, short)))
+    check_other_lengths(captured, Step(device, T, R, longest, D=D), *((short, long) if grows else (long, short)))
 
 
 def captured_with_its_pages(step):
@@ -140,7 +141,7 @@ def reads_of_keys(step):
 
 def demanded_reads(step, query_lens, lens):
     """The same from the definition: a short request's tile of rows takes each of its keys once, a tall one's those in sight, to whole blocks."""
-    block, cut = room.config(D, D, step.q.dtype).BLOCK_N, step.tiling
+    block, cut = room.config(step.q.shape[2], step.q.shape[2], step.q.dtype).BLOCK_N, step.tiling
     counts = torch.zeros(len(lens), K, step.table.shape[1] * PAGE, dtype=torch.int64)
     for r, (rows, keys) in enumerate(zip(query_lens, lens, strict=True)):
         is_tall = cut.has_tall and rows > cut.short_limit
@@ -188,12 +189,13 @@ def test_control_an_item_taken_twice_or_never_is_caught(device, broken):
         check_items(broken(device, 90, 5, 1104, 7))
 
 
+PREFILL = ([700, 1, 500, 300], [9000, 1100, 5000, 300]) if CUDA else ([40, 1], [50, 300])              # on Hopper in a launch of its own
 RAGGED = (torch.linspace(0, 1, 64).mul(12).exp2().int().tolist() if CUDA else [1, 1100, 530])        # one row each: 1 to 4096 keys on a GPU
 
 
-def check_one_pattern(run, step):
+def check_one_pattern(run, step, batch=([1] * len(RAGGED), RAGGED)):
     """Every one of REPLAYS runs gives the bits of the first. On a CPU each takes the programs in another order, so that others arrive last."""
-    step.stage([1] * len(RAGGED), RAGGED)
+    step.stage(*batch)
     step()
     first, moved = (step.out.clone(), step.lse.clone()), torch.zeros((), dtype=torch.int64, device=step.out.device)
     assert not first[0].isnan().any()
@@ -210,10 +212,10 @@ def ragged(device):
     return Step(device, len(RAGGED), len(RAGGED), -(-max(RAGGED) // PAGE) * PAGE, programs=None if CUDA else 7)
 
 
-def runs_of(step):
+def runs_of(step, batch=([1] * len(RAGGED), RAGGED)):
     """What runs the step once more: a replay of its graph, or on a CPU the step in another order of programs."""
     if CUDA:
-        step.stage([1] * len(RAGGED), RAGGED)
+        step.stage(*batch)
         replay = captured(step)
         return lambda i: replay()
 
@@ -226,6 +228,11 @@ def runs_of(step):
 def test_every_replay_gives_one_pattern(device):
     step = ragged(device)
     check_one_pattern(runs_of(step), step)
+
+
+def test_every_replay_of_prefill_gives_one_pattern(device):
+    step = Step(device, *((2048, 4, 9008, None) if CUDA else (44, 2, 304, 7)), D=64 if CUDA else 16)
+    check_one_pattern(runs_of(step, PREFILL), step, PREFILL)
 
 
 def test_control_a_result_that_moves_once_is_caught(device):
