@@ -228,12 +228,12 @@ def step_subject(kind=Step, **changes):
         masks |= {name: unowned[None, :, :, None, None].expand(getattr(cache, name).shape) for name in ("keys", "values")}
         return {name: mask.to(device) for name, mask in masks.items()}
 
-    own = {name: value for name, value in vars(step).items() if name in ("_news", "counts", "prompt", "allowed", "_counters", "_sampling")}
+    own = {name: value for name, value in vars(step).items() if name in ("_news", "counts", "prompt", "allowed", "_sampling")}
     return Subject(
         lambda inputs: step(T), make_inputs, (CASES[0], Case("one of length 1", "one", "least")), outputs={"results": step.results[:, :REQUESTS]},
         state={"keys": cache.keys, "values": cache.values, **own, **{name: step.buffers[name] for name in ADVANCED},
-               "arrived": step.model.scratch.counters},
-        scratch={"states": step._states, "plan": {name: t for name, t in vars(step.plan(T)).items() if name != "status"},
+               "arrived": step.model.scratch.counters, "attended": step._workspace.counters},
+        scratch={"states": step._workspace.states, "plan": {name: t for name, t in vars(step.plan(T)).items() if name != "status"},
                  "products": step.model.scratch.partials},
         weights=(step.model.weights, step.model.cos_sin), pads=pads, name=kind.__name__)
 

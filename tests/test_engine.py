@@ -27,6 +27,7 @@ from gkernels.model.config import LlamaConfig
 from gkernels.model.engine import Engine, Event, Sampling
 from gkernels.model.llama import Llama
 from gkernels.model.load import empty_weights, random_weights, views
+from gkernels.model.speculation import Speculation, SpeculativeStep
 from gkernels.model.step import Row, Step
 from tests.close import assert_same
 from tests.strategies_model import tiny_config
@@ -270,19 +271,32 @@ def test_a_row_that_sees_its_company_is_caught(device):
         check_logits(Mixed(m.config, m.weights, m.cos_sin), device, 5, 2, [1, 2], 16, 0)
 
 
-def test_one_workspace_fits_every_bucket(device, monkeypatch):
-    """Of decodes alone, of mixed steps with one launch of attention, and of large ones with two, as on Hopper."""
-    m = build(device)
-    c, config = m.config, attention.config
+@pytest.fixture
+def two_launches(monkeypatch):
+    """Large steps have a second launch of attention, as on Hopper, but from 12 tokens on."""
+    config = attention.config
     monkeypatch.setattr(attention, "APART_FROM", 12)
     monkeypatch.setattr(attention, "config", lambda *model: replace(own := config(*model), STAGES=4, TALL_M=2 * own.TALL_PART))
-    s = Step(m, PagedCache.allocate(c.num_layers, 9, 4, c.num_kv_heads, c.head_dim, torch.float32, device), 16, 4, MAX_LEN)
+
+
+def check_workspaces(cuts, of):
+    """Each bucket finds as much of what all share as it asks for, though the largest asks for less than some."""
+    assert any(cut.tall_programs for cut in cuts.values()) and max(cut.states for cut in cuts.values()) > cuts[max(cuts)].states
+    for cut in cuts.values():
+        workspace = of(cut)
+        assert workspace.states.numel() == cut.states and workspace.counters.numel() == cut.counters
+
+
+def test_one_workspace_fits_every_bucket(device, two_launches):
+    """Of decodes alone, of mixed steps with one launch, and of large ones with two; and of drafts, for few requests and many."""
+    m = build(device)
+    c = m.config
+    s = Step(m, PagedCache.allocate(c.num_layers, 9, 4, c.num_kv_heads, c.head_dim, torch.float32, device), 16, 4, MAX_LEN, has_history=True)
     cuts = {bucket: s.tiling(bucket) for bucket in range(1, 17)}
     assert {(cut.has_tall, cut.tall_programs > 0) for cut in cuts.values()} == {(False, False), (True, False), (True, True)}
-    assert cuts[8].states > cuts[16].states                                         # so the largest bucket's is not enough
-    for cut in cuts.values():
-        workspace = s.workspace(cut)
-        assert workspace.states.numel() == cut.states and workspace.counters.numel() == cut.counters
+    check_workspaces(cuts, s.workspace)
+    drafts = SpeculativeStep(s, Speculation(3))
+    check_workspaces({bucket: drafts.tiling(bucket) for bucket in range(1, 5)}, drafts._workspace.of)
 
 
 def check_turns(kind, device):

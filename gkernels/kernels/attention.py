@@ -182,8 +182,13 @@ class Workspace:
     counters: torch.Tensor    # int32, zeros between launches
 
     @classmethod
-    def allocate(cls, tiling: Tiling, device: torch.device | str) -> Workspace:
-        return cls(torch.empty(tiling.states, dtype=torch.float32, device=device), torch.zeros(tiling.counters, dtype=torch.int32, device=device))
+    def allocate(cls, tiling: Tiling, device: torch.device | str, *others: Tiling) -> Workspace:
+        """For launches of this tiling; with others, for launches of any of them, each of which takes its part by `of`."""
+        states, counters = (max(sizes) for sizes in zip(*((cut.states, cut.counters) for cut in (tiling, *others)), strict=True))
+        return cls(torch.empty(states, dtype=torch.float32, device=device), torch.zeros(counters, dtype=torch.int32, device=device))
+
+    def of(self, tiling: Tiling) -> Workspace:
+        return Workspace(self.states[:tiling.states], self.counters[:tiling.counters])
 
 
 def attention_out(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, block_table: torch.Tensor, work: torch.Tensor,

@@ -37,7 +37,7 @@ class SpeculativeStep:
         self._ngram = ops.NgramWorkspace.allocate(R, device)
         self._sampling = ops.SamplingWorkspace.allocate(R * (K + 1), V, device)
         self._plans: dict[int, ops.Schedule] = {}
-        self._workspace = ops.Workspace.allocate(self.tiling(R), device)
+        self._workspace = ops.Workspace.allocate(self.tiling(R), device, self.tiling(1))                   # few rows are cut otherwise than many
 
     def tiling(self, R: int) -> ops.Tiling:
         c, T = self.step.model.config, R * (self.speculation.drafts + 1)
@@ -61,8 +61,7 @@ class SpeculativeStep:
         ops.expand_out(state.token_ids, b["seq_lens"], draft, draft_len, limits, rows)
         tiling, plan = self.tiling(bucket), self.plan(bucket)
         ops.schedule_out(rows.query_start_loc, rows.seq_lens, b["block_table"], s.cache.page_size, s.cache.num_pages, tiling, plan)
-        workspace = ops.Workspace(self._workspace.states[:tiling.states], self._workspace.counters[:tiling.counters])
-        logits = s.model(rows.token_ids, b["block_table"], plan, workspace, s.cache, every_row=True)
+        logits = s.model(rows.token_ids, b["block_table"], plan, self._workspace.of(tiling), s.cache, every_row=True)
         drawn = {name: b[name][rows.request.long()] for name in ("temperature", "top_k", "top_p", "min_p", "typical_p", "seed")}
         sampled, status = new(bucket * (K + 1)), torch.zeros_like(rows.request)                            # options were checked at admission
         ops.sample_out(logits, **drawn, position=rows.position, seq_lens=rows.position, status=status, workspace=self._sampling, out=sampled)

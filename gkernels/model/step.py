@@ -76,9 +76,8 @@ class Step:
         self._drawn: dict[str, tuple] = dict.fromkeys(COLUMNS, ())                            # and by field
         self._plans: dict[int, ops.Schedule] = {}
         # each bucket's tiling is as large as one of these: of decodes alone, and of mixed steps with one launch of attention and with two
-        tilings = [self.tiling(bucket) for bucket in (max_requests, min(max_requests + 1, max_tokens), max_tokens)]
-        self._states = torch.empty(max(tiling.states for tiling in tilings), device=device)
-        self._counters = torch.zeros(max(tiling.counters for tiling in tilings), dtype=torch.int32, device=device)
+        tiling, *others = map(self.tiling, (max_requests, min(max_requests + 1, max_tokens), max_tokens))
+        self._workspace = ops.Workspace.allocate(tiling, device, *others)
         self._sampling = ops.SamplingWorkspace.allocate(R, V, device)
 
     def stage(self, rows: list[Row], turns: int = 1) -> int:
@@ -131,7 +130,7 @@ class Step:
 
     def workspace(self, tiling: ops.Tiling) -> ops.Workspace:
         """Attention's scratch: the front of one for all buckets, whose steps follow each other."""
-        return ops.Workspace(self._states[:tiling.states], self._counters[:tiling.counters])
+        return self._workspace.of(tiling)
 
     def enter(self, slot: int, prompt: list[int], output: list[int]) -> None:
         """Fills a slot's line of the tables: what penalties and drafts have to know of a request that begins, or begins again."""
