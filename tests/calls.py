@@ -67,11 +67,11 @@ def attend(query_start_loc, seq_lens, block_table, tiling, plan, workspace, q, k
 def attention(device, dtype):
     from gkernels.kernels import attention, schedule
 
-    def call(batch, G, D, has_lse, drawn=PLAIN, apart_from=attention.APART_FROM):
+    def call(batch, G, D, has_lse, drawn=PLAIN, apart_from=attention.APART_FROM, between=0):
         H, K, DV = G * 2, 2, drawn.DV or D
         with patch.object(attention, "APART_FROM", apart_from):
             tiling = attention.tiling(batch.T, batch.R, H, K, D, DV, dtype, device, drawn.causal, drawn.window, 4)
-        q, caches = torch.zeros(batch.T, H, D, dtype=dtype, device=device), batch.caches(K, D, dtype, device, 0.0, DV)
+        q, caches = torch.zeros(batch.T, H, D + between, dtype=dtype, device=device)[..., :D], batch.caches(K, D, dtype, device, 0.0, DV)
         if drawn.scales:
             caches = [cache.to(torch.float8_e4m3fn) for cache in caches]
         plan, workspace = schedule.Schedule.allocate(batch.T, batch.R, tiling, device), attention.Workspace.allocate(tiling, device)
@@ -89,6 +89,8 @@ def attention(device, dtype):
     yield "G7 D80 decode", *call(DECODE, 7, 80, has_lse=False)
     yield "G4 D64 features", *call(MIXED, 4, 64, True, FEATURES)
     yield "G4 D128 tall", *call(MIXED, 4, 128, has_lse=False, apart_from=0)
+    for between in (8, 1):                           # columns between heads: copied 16 bytes at a time, and, since they are off, in the other launch
+        yield f"G4 D64 tall {between} apart", *call(MIXED, 4, 64, has_lse=False, apart_from=0, between=between)
     yield "G4 D64 tall features", *call(MIXED, 4, 64, True, replace(FEATURES, scales=0), apart_from=0)
 
 

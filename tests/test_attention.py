@@ -625,12 +625,14 @@ TALL = {    # heads, D, page size, dtype, features; as many rows and keys as cro
 TALL_BATCHES = [([100, 1, 333, 5, 64, 17], [0, 899, 1200, 72, 3000, 0], 264), ([200, 1, 40], [19800, 9000, 8152], 264), ([300, 70], [17000, 8100], 4)]
 
 
-def check_tall_launch(attention, device, heads, D, page_size, dtype, drawn, batch):
-    """The same bits as beside short requests, with junk in what no one may look at, in all of five launches and with other programs."""
+def check_tall_launch(attention, device, heads, D, page_size, dtype, drawn, batch, change=lambda arguments: arguments):
+    """The same bits as beside short requests, with junk in what no one may look at, in all of five launches and with other programs; `change` makes
+    other views of the same values."""
     query_lens, contexts, programs = batch
     batch = Batch(query_lens, contexts, page_size, pads=7, spare_requests=1)
     arguments, options = problem(batch, 3, dtype, device, heads, D, drawn, float("nan"))
     want = room.attention(*arguments, **options, programs=264)
+    arguments = change(arguments)
     with patch.object(room, "APART_FROM", 0):
         for count in (programs, programs, programs, programs, 37):
             for got, same in zip(attention(*arguments, **options, programs=count), want, strict=True):
@@ -642,6 +644,33 @@ def check_tall_launch(attention, device, heads, D, page_size, dtype, drawn, batc
 @pytest.mark.parametrize("case", TALL.values(), ids=TALL)
 def test_a_launch_of_their_own_changes_no_bit(device, case, batch):
     check_tall_launch(room.attention, device, *case, batch)
+
+
+def spread(t, between):
+    return torch.cat([t, t.new_full((*t.shape[:-1], between), float("nan"))], -1)[..., :t.shape[-1]]
+
+
+def far_pages(t):
+    """Pages whole slots apart, so that the hardware still copies them, and the last past element 2^31."""
+    N, slot = t.shape[0], t.stride(1)
+    memory = torch.UntypedStorage((2**31 + N * slot + t.numel()) * t.itemsize, device=t.device)
+    return torch.empty(0, dtype=t.dtype, device=t.device).set_(memory, 0, t.shape, ((2**31 // (N - 1) // slot + 1) * slot, *t.stride()[1:])).copy_(t)
+
+
+VIEWS = {"heads first": lambda q, k, v: (q, *(t.transpose(1, 2).contiguous().transpose(1, 2) for t in (k, v))),
+         "halves of one": lambda q, k, v: (q, *torch.stack([k, v], 1).unbind(1)),
+         "8 columns between heads": lambda q, k, v: tuple(spread(t, 8) for t in (q, k, v)),
+         "far pages by whole slots": lambda q, k, v: (q, far_pages(k), v),
+         "1 column between query heads": lambda q, k, v: (spread(q, 1), k, v)} \
+    | {f"{name} far in dimension {dim}": lambda q, k, v, i=i, dim=dim: tuple(far(t, dim) if i == j else t for j, t in enumerate((q, k, v)))
+       for i, (name, dims) in enumerate(dict(q=2, k_cache=3, v_cache=3).items()) for dim in range(dims)}
+
+
+@pytest.mark.skipif(not HAS_TALL_LAUNCH, reason="only on Hopper have tall requests a launch of their own")
+@pytest.mark.parametrize("view", VIEWS.values(), ids=VIEWS)
+def test_a_launch_of_their_own_takes_any_strides(device, view):
+    check_tall_launch(room.attention, device, (4, 2), 64, 16, torch.float16, PLAIN, ([40, 1, 70], [30, 100, 0], 264),
+                      lambda arguments: (*view(*arguments[:3]), *arguments[3:]))
 
 
 @pytest.mark.skipif(not HAS_TALL_LAUNCH, reason="only on Hopper have tall requests a launch of their own")
@@ -672,8 +701,9 @@ def test_boxes_hold_the_pages():
 
 
 @pytest.mark.parametrize("cache", [torch.zeros(3, 24, 2, 64), torch.zeros(3, 4, 2, 64), torch.zeros(3, 16, 2, 68)[..., :64],
-                                   torch.zeros(1, 16, 2, 64).expand(3, -1, -1, -1), torch.zeros(9000).as_strided((3, 16, 2, 64), (2056, 128, 64, 1))],
-                         ids=["page of 24", "page of 4", "rows off 16 bytes", "one page thrice", "pages apart by part of a row"])
+                                   torch.zeros(1, 16, 2, 64).expand(3, -1, -1, -1), torch.zeros(9000).as_strided((3, 16, 2, 64), (2056, 128, 64, 1)),
+                                   torch.empty(3, 16, 2, 64, device="meta").as_strided((3, 16, 2, 64), (2**36, 2**32, 2**31, 1))],
+                         ids=["page of 24", "page of 4", "rows off 16 bytes", "one page thrice", "pages apart by part of a row", "far columns"])
 def test_other_pages_have_no_boxes(cache):
     assert room._boxes(cache) is None
 

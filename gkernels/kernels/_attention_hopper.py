@@ -21,6 +21,7 @@ from ._attention_tall import keys_of, tall_rows
 from ._attention_tile import count_in, finish, fold, get_state, pages_of, put_state, quad_sums, row_sums, rows_of, sight_of, visibility, weigh
 
 TICKETS = gl.constexpr(2)             # that fetching warps may be ahead
+VECTOR = gl.constexpr(8)              # elements of 16 bytes, that a thread copies: `attention` sees to it that strides are multiples
 ITEM = gl.constexpr(10)               # of a ticket, a record of the work list: the number of the item and head, -1 after the last
 
 
@@ -42,7 +43,8 @@ def _fetch_queries(tile, row0, query_len, first_token, kv_head, q_ptr, stride_t,
     chunks, row, column = _chunks(tile), gl.arange(0, 16, gl.SliceLayout(1, LAYOUT)), gl.arange(0, 64, gl.SliceLayout(0, LAYOUT))
     for i in range(M * D // 1024):
         token, head, live = rows_of(row0, i % (M // 16) * 16 + row, query_len, first_token, kv_head, C)
-        q = q_ptr + token[:, None] * stride_t + head[:, None] * stride_h + (i // (M // 16) * 64 + column)[None, :]
+        row_at = tl.multiple_of(token * stride_t + head * stride_h, VECTOR)
+        q = q_ptr + row_at[:, None] + (i // (M // 16) * 64 + column)[None, :]
         async_copy.async_copy_global_to_shared(chunks.index(i), q, live[:, None])
 
 
@@ -50,14 +52,13 @@ def _fetch_queries(tile, row0, query_len, first_token, kv_head, q_ptr, stride_t,
 def _fetch_last(tile, cache_ptr, table, n, kv_len, kv_head, N, stride_n, stride_p, stride_h, C: gl.constexpr):
     """The tile of keys or values from n on that the request ends in: those that are not live come as zeros."""
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [1, 1], [1, 0])
-    ALIGN: gl.constexpr = C.ALIGN
     BLOCK_N: gl.constexpr = tile.shape[0]
     D: gl.constexpr = tile.shape[1]
     chunks, row, column = _chunks(tile), gl.arange(0, 16, gl.SliceLayout(1, LAYOUT)), gl.arange(0, 64, gl.SliceLayout(0, LAYOUT))
     for i in range(BLOCK_N * D // 1024):
         key = n + i % (BLOCK_N // 16) * 16 + row
         page = pages_of(tl.load(table + key // C.P, key < kv_len, other=0), N).to(tl.int64)
-        slot = tl.multiple_of(page * stride_n + (key % C.P).to(tl.int64) * stride_p + kv_head.to(tl.int64) * stride_h, ALIGN)
+        slot = tl.multiple_of(page * stride_n + (key % C.P).to(tl.int64) * stride_p + kv_head.to(tl.int64) * stride_h, VECTOR)
         async_copy.async_copy_global_to_shared(chunks.index(i), cache_ptr + slot[:, None] + (i // (BLOCK_N // 16) * 64 + column)[None, :],
                                                (key < kv_len)[:, None])
 
@@ -98,9 +99,10 @@ def _fetch(boxes, buffers, barriers, tall_at, inputs, strides, extents, C: gl.co
     N = extents[3]
     BOX: gl.constexpr = k_boxes.block_shape[0]
     BOXES: gl.constexpr = C.BLOCK_N // BOX
-    k_rows_a_page, v_rows_a_page = strides[2] // strides[3], strides[5] // strides[6]
-    k_rows_a_head, v_rows_a_head = strides[4] // strides[3], strides[7] // strides[6]         # 0 where heads lie side by side in a row
-    k_columns_a_head, v_columns_a_head = strides[4] % strides[3], strides[7] % strides[6]
+    # Places in boxes take 32 bits, which `attention` has seen to, also where strides take more. A head takes no rows where heads lie side by side.
+    k_rows_a_page, v_rows_a_page = (strides[2] // strides[3]).to(tl.int32), (strides[5] // strides[6]).to(tl.int32)
+    k_rows_a_head, v_rows_a_head = (strides[4] // strides[3]).to(tl.int32), (strides[7] // strides[6]).to(tl.int32)
+    k_columns_a_head, v_columns_a_head = (strides[4] % strides[3]).to(tl.int32), (strides[7] % strides[6]).to(tl.int32)
     num_items = tl.load(work_ptr) * C.K
     turn, serial = 0, 0
     ticket = tl.program_id(0)

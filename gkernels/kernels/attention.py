@@ -11,7 +11,8 @@ Short requests (decode, verify) are runs of (head, segment) pairs streamed throu
 to arrive there folds the parts. Tall ones (prefill) are tiles of BLOCK_M rows over all their keys, or over one span where those tiles are few.
 Where a launch has both, some programs begin with runs while others take tall tiles: one streams memory while its neighbour computes.
 On Hopper, from capacities of APART_FROM tokens on, tall requests have a launch of their own before it (`_attention_hopper`): for D and DV of 64 or
-128, no fp8, and pages that the hardware copies, of 8, 16, 32 or multiples of 64 slots. Both launches are made whatever the batch holds.
+128, no fp8, strides of whole 16 bytes, and pages that the hardware copies, of 8, 16, 32 or multiples of 64 slots. Both launches are made whatever
+the batch holds.
 On Hopper and later a launch overlaps with the node before it, and waits for its end before it reads what counts or writes anything.
 Pad rows are zeros with lse -inf; rows of a request with bad lengths or pages are NaN. Keys that are not live are never read; but a value of
 the request's own that is not finite spoils every row of its tile, also rows before it (0 times NaN).
@@ -166,11 +167,10 @@ def _boxes(cache: torch.Tensor) -> TensorDescriptor | None:
     (N, P, K, D), (stride_n, stride_p, stride_h, _) = cache.shape, cache.stride()
     if (64 % P and P % 64) or P < 8 or min(stride_n, stride_p, stride_h) <= 0 or stride_n % stride_p or (stride_h > stride_p and stride_h % stride_p):
         return None
-    rows = (N - 1) * (stride_n // stride_p) + (K - 1) * (stride_h // stride_p) + P
-    if stride_p % 8 or stride_h % 8 or rows >= 2**31:
+    rows, columns = (N - 1) * (stride_n // stride_p) + (K - 1) * (stride_h // stride_p) + P, (K - 1) * (stride_h % stride_p) + D
+    if stride_p % 8 or stride_h % 8 or max(rows, columns) >= 2**31:
         return None
     box = [min(P, 64), 64]
-    columns = (K - 1) * (stride_h % stride_p) + D
     return TensorDescriptor(cache, [rows, columns], [stride_p, 1], box, NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2))
 
 
@@ -188,6 +188,7 @@ class Workspace:
         return cls(torch.empty(states, dtype=torch.float32, device=device), torch.zeros(counters, dtype=torch.int32, device=device))
 
     def of(self, tiling: Tiling) -> Workspace:
+        """The part of a tiling: the front, which all share."""
         return Workspace(self.states[:tiling.states], self.counters[:tiling.counters])
 
 
@@ -262,7 +263,8 @@ def attention_out(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor,
     strides = (q.stride(0), q.stride(1), *k_cache.stride()[:3], *v_cache.stride()[:3], block_table.stride(0), out.stride(0), out.stride(1),
                0 if lse is None else lse.stride(0), alibi_slopes.stride(0) if alibi_slopes is not None and alibi_slopes.dim() == 2 else 0)
     extents = T, R, block_table.shape[1], N, left, right
-    boxes = [_boxes(cache) for cache in (k_cache, v_cache)] if tiling.tall_programs and not is_scaled else [None]
+    takes_vectors = q.stride(0) % 8 == q.stride(1) % 8 == 0
+    boxes = [_boxes(cache) for cache in (k_cache, v_cache)] if tiling.tall_programs and takes_vectors and not is_scaled else [None]
     if None not in boxes:
         _attention_tall_kernel[(tiling.tall_programs,)](
             *boxes, *tensors, *factors, *strides, *extents, sections[-1], C=launch, num_warps=4, **({"launch_pdl": True} if launch.AHEAD else {}))
