@@ -36,7 +36,7 @@ def runners(step, batch):
     """By provider: what runs many steps, and how many of its launches make STEPS."""
     buckets, b = Buckets([batch]), step.buffers
     loops = [Loop(step, b["turns"], b["running"], buckets, "cuda", steps=n) for n in TURNS]
-    made = GraphRunner(step, buckets, "cuda"), Burst(step, BURST, buckets, "cuda"), *loops
+    made = GraphRunner(step.single, buckets, "cuda"), Burst(step, BURST, buckets, "cuda"), *loops
     return dict(zip(PROVIDERS, zip(made, (STEPS, STEPS // BURST, *[1] * len(TURNS)), strict=True), strict=True))
 
 

@@ -31,7 +31,7 @@ from triton.compiler import ASTSource, CompiledKernel
 from triton.runtime import jit
 from triton.runtime.cache import get_cache_key, get_cache_manager
 
-from .graph import Buckets
+from .graph import Buckets, GraphRunner
 from .kernels import _check
 from .model.cache import PagedCache
 from .model.config import LlamaConfig
@@ -144,7 +144,7 @@ def step_launches(config: LlamaConfig, dtype: torch.dtype, target: GPUTarget, mu
     properties = SimpleNamespace(multi_processor_count=multiprocessors)
     found: dict[tuple[jit.JITFunction, str], Launch] = {}
     with compiling_for(target), Elsewhere(), patch.object(torch.cuda, "get_device_properties", lambda device: properties), \
-            patch.object(torch.cuda, "Event"):
+            patch.object(torch.cuda, "Event"), patch.object(GraphRunner, "capture"), patch.object(GraphRunner, "run"):
         weights = empty_weights(config, "cuda", dtype, config.tie_word_embeddings)
         empty_projections(weights, config)
         cache = PagedCache.allocate(1, -(-max_len // page_size) + 1, page_size, config.num_kv_heads, config.head_dim, dtype, "cuda")

@@ -708,16 +708,16 @@ def test_bad_rows_of_a_step_are_flagged_and_alone(device):
     engine = Real(device).engine(capture=False)
     s, (a, b, c) = engine.step_fn, prompts(3, 2, 1)
     good = [Row(a, 3, [1]), Row(b, 2, [2])]
-    clean = s(s.stage(good)).clone()
+    clean = s.single(s.stage(good)).clone()
     tokens, status = s.read(2)
     assert status == [0, 0]
-    logits = s(s.stage([Row(c, 1, [10**6]), good[0], Row(c, 1, [-1]), good[1]]))
+    logits = s.single(s.stage([Row(c, 1, [10**6]), good[0], Row(c, 1, [-1]), good[1]]))
     assert s.read(4)[1] == [ops.BAD_PAGE | ops.NO_TOKEN, 0, ops.BAD_PAGE | ops.NO_TOKEN, 0] and s.read(4)[0] == [-1, tokens[0], -1, tokens[1]]
     assert_same(logits[[1, 3]], clean[:2])
     n = s.stage([Row(b, 2, [3]), good[0], Row(c, 1, [4]), Row(c, 1, [5], Sampling(temperature=-1.0))])
     s.buffers.stage("seq_lens", [1, 3, 10**6, 1])
     s.buffers.upload()
-    logits = s(n)
+    logits = s.single(n)
     assert s.read(4)[1] == [ops.BAD_LENGTH | ops.NO_TOKEN, 0, ops.BAD_LENGTH | ops.NO_TOKEN, ops.BAD_OPTION] and s.read(2)[0][1] == tokens[0]
     assert_same(logits[1], clean[0])
 

@@ -193,8 +193,8 @@ def traps():
 
 
 def test_quiet_after_warm_up(step, runner):
-    """Staging and replaying 50 batches compiles nothing, allocates no device memory, and waits for the device once a batch: in
-    StaticBuffers.wait, for the upload before the last to leave the pinned block that the next batch is written into."""
+    """Staging and replaying 50 batches compiles nothing, allocates no device memory, and makes no call that waits for the device: where all pinned
+    blocks are under way, the host sleeps."""
     rows = [random_rows(seed) for seed in range(50)]
     step.stage(rows[0])
     runner.replay(T)
@@ -202,7 +202,7 @@ def test_quiet_after_warm_up(step, runner):
         for batch in rows:
             step.stage(batch)
             runner.replay(T)
-    assert waits == {"event": len(rows)}
+    assert not waits
 
 
 @triton.jit
@@ -234,7 +234,7 @@ def test_a_kernel_that_was_not_loaded_is_refused_and_then_loads():
 
 
 def test_control_the_traps_count_every_wait(step):
-    for name, wait in dict(event=step.buffers._uploaded[0], stream=torch.cuda.current_stream(), device=torch.cuda).items():
+    for name, wait in dict(event=torch.cuda.Event(), stream=torch.cuda.current_stream(), device=torch.cuda).items():
         with suppress(RuntimeError), traps() as waits:                 # torch's own trap may see it too
             wait.synchronize()
         assert waits == {name: 1}
@@ -245,7 +245,7 @@ def test_eager_steps_compile_nothing_new_for_other_batches(step, runner):
         for seed in range(20):
             step.stage(random_rows(seed))
             step(T)
-    step.read(1)
+    torch.cuda.synchronize()
 
 
 def fault(step):

@@ -1,6 +1,7 @@
 """The host half of gkernels.graph, which needs no GPU: buckets, static buffers and the runner's eager path."""
 
 import itertools
+import time
 from contextlib import nullcontext
 
 import numpy as np
@@ -183,9 +184,16 @@ def check_buffers(kind, device, layout):
     buffers.check_addresses()
 
 
-@given(layouts())
-def test_stage_pads_and_leaves_no_stale_tail(device, layout):
-    check_buffers(StaticBuffers, device, layout)
+class TwoBlocks(StaticBuffers):
+    """Comes back to a block soon."""
+
+    BLOCKS = 2
+
+
+@pytest.mark.parametrize("kind", [StaticBuffers, TwoBlocks])
+@given(layout=layouts())
+def test_stage_pads_and_leaves_no_stale_tail(device, kind, layout):
+    check_buffers(kind, device, layout)
 
 
 class StaleTail(StaticBuffers):
@@ -242,9 +250,10 @@ def check_rest(kind, device, names, rounds):
         assert {name: buffers[name].tolist() for name in names} == known
 
 
-@given(st.lists(st.dictionaries(st.sampled_from("abc"), st.lists(st.integers(1, 99), min_size=2, max_size=2)), min_size=1, max_size=6))
-def test_what_is_not_staged_stays(device, rounds):
-    check_rest(StaticBuffers, device, "abc", rounds)
+@pytest.mark.parametrize("kind", [StaticBuffers, TwoBlocks])
+@given(rounds=st.lists(st.dictionaries(st.sampled_from("abc"), st.lists(st.integers(1, 99), min_size=2, max_size=2)), min_size=1, max_size=6))
+def test_what_is_not_staged_stays(device, kind, rounds):
+    check_rest(kind, device, "abc", rounds)
 
 
 def test_a_block_that_forgets_the_other_is_caught(device):
@@ -282,18 +291,19 @@ rows_of = {"x": numbers, "starts": numbers, "table": lines.filter(lambda rows: l
 again = [{"x": (values, steady), "table": ((values,), steady)} for values, steady in (((0,), True), ((1,), False), ((0,), True)) for _ in range(2)]
 
 
-@given(st.lists(st.fixed_dictionaries({}, optional={name: st.tuples(values, st.booleans()) for name, values in rows_of.items()}), max_size=8))
+@pytest.mark.parametrize("kind", [StaticBuffers, TwoBlocks])
+@given(rounds=st.lists(st.fixed_dictionaries({}, optional={name: st.tuples(values, st.booleans()) for name, values in rows_of.items()}), max_size=8))
 @settings(max_examples=100)
 @example(again)
-def test_steady_values_are_what_is_staged(device, rounds):
-    check_steady(StaticBuffers, device, rounds)
+def test_steady_values_are_what_is_staged(device, kind, rounds):
+    check_steady(kind, device, rounds)
 
 
 class Grows(StaticBuffers):
     """Believes that a row which grew begins with what it had."""
 
     def stage(self, name, values, steady=False):
-        known = self._known[1 - self._turn if self._is_sent else self._turn]
+        known = self._known[(self._turn + self._is_sent) % self.BLOCKS]
         if self.fields[name].pad == -1 and known[name] and len(self.fields[name].shape) == 2:
             known[name] = tuple(new[:len(old)] for new, old in zip(values, known[name], strict=False))
         super().stage(name, values, steady)
@@ -303,14 +313,14 @@ class Ends(StaticBuffers):
     """Forgets that rows behind the last one held something."""
 
     def stage(self, name, values, steady=False):
-        known = self._known[1 - self._turn if self._is_sent else self._turn]
+        known = self._known[(self._turn + self._is_sent) % self.BLOCKS]
         known[name] = known[name] and known[name][:len(values)]
         super().stage(name, values, steady)
 
 
 @pytest.mark.parametrize("kind, first, then", [(Grows, ((0,),), ((1, 1),)), (Ends, ((1,), (1, 0)), ((1,),))])
 def test_rows_that_are_not_compared_are_caught(device, kind, first, then):
-    rounds = [{"table": (values, True)} for values in (first, first, then)]
+    rounds = [{"table": (values, True)} for values in (*[first] * StaticBuffers.BLOCKS, then)]
     check_steady(StaticBuffers, device, rounds)
     with pytest.raises(AssertionError):
         check_steady(kind, device, rounds)
@@ -319,7 +329,7 @@ def test_rows_that_are_not_compared_are_caught(device, kind, first, then):
 @pytest.mark.parametrize("name, old, bad", [("x", (1, 2), (3, "bad")), ("table", ((1,), (2,)), ((3,), ("bad",)))])
 def test_a_write_that_fails_is_made_good(device, name, old, bad):
     buffers = StaticBuffers({"x": Field((2,)), "table": Field((2, 1))}, device)
-    for values in (old, old, bad, old):
+    for values in (*[old] * StaticBuffers.BLOCKS, bad, old):
         with pytest.raises(ValueError, match="bad") if values is bad else nullcontext():
             buffers.stage(name, values, steady=True)
         if values is not bad:
@@ -331,7 +341,7 @@ def test_a_write_that_fails_is_made_good(device, name, old, bad):
 def test_steady_lists_may_be_changed_in_place(device, name, old, new):
     """They are no tuples, and cost a copy or a write, but what is compared is never what the caller can change."""
     buffers, values = StaticBuffers({"x": Field((2,)), "table": Field((2, 2))}, device), [old, old]
-    for _ in range(3):
+    for _ in range(StaticBuffers.BLOCKS + 1):
         buffers.stage(name, values, steady=True)
         buffers.upload()
     if name == "table":
@@ -343,13 +353,13 @@ def test_steady_lists_may_be_changed_in_place(device, name, old, new):
     assert buffers[name].flatten().tolist() == ([2, 2] if name == "x" else [2, 0, 2, 0])
 
 
-def test_steady_values_of_the_other_block_are_caught(device):
+def test_steady_values_of_another_block_are_caught(device):
     class OneMemory(StaticBuffers):
         def __init__(self, fields, device):
             super().__init__(fields, device)
             self._known[1] = self._known[0]
 
-    rounds = [{"x": ((value,), True), "table": ((), True)} for value in (1, 0, 0, 1)]
+    rounds = [{"x": ((1,), True), "table": ((), True)}] * StaticBuffers.BLOCKS
     check_steady(StaticBuffers, device, rounds)
     with pytest.raises(AssertionError):
         check_steady(OneMemory, device, rounds)
@@ -367,27 +377,41 @@ def test_a_row_that_is_too_long_changes_nothing(device):
 class OneBlock(StaticBuffers):
     """Writes where an upload may still read."""
 
-    def __init__(self, fields, device):
-        super().__init__(fields, device)
-        self._staging[1], self._hosts[1] = self._staging[0], self._hosts[0]
+    BLOCKS = 1
 
     def wait(self):
         pass
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("kind, seen", [(StaticBuffers, 2), (OneBlock, 3)])
-def test_the_next_batch_is_staged_while_the_device_is_busy(kind, seen):
+@pytest.mark.parametrize("kind, seen", [(StaticBuffers, range(2, 9)), (OneBlock, [8] * 7)])
+def test_batches_are_staged_while_the_device_is_busy(kind, seen):
+    """As many as there are blocks but one, which holds what was uploaded first."""
     buffers = kind({"x": Field((1,))}, "cuda")
     torch.cuda.synchronize()
     torch.cuda._sleep(200_000_000)
-    buffers.stage("x", [2])
-    buffers.upload()
-    first = buffers["x"].clone()
-    buffers.stage("x", [3])
+    got = []
+    for value in range(2, 9):
+        buffers.stage("x", [value])
+        buffers.upload()
+        got.append(buffers["x"].clone())
     assert not torch.cuda.current_stream().query(), "staging waited for the device"
-    buffers.upload()
-    assert (first.item(), buffers["x"].item()) == (seen, 3)
+    assert [x.item() for x in got] == [*seen]
+
+
+@pytest.mark.gpu
+def test_staging_waits_for_a_block(monkeypatch):
+    """Far more batches than blocks behind a busy device: each arrives as it was staged, and the host sleeps meanwhile."""
+    buffers, slept, sleep = StaticBuffers({"x": Field((1,))}, "cuda"), [], time.sleep
+    monkeypatch.setattr(time, "sleep", lambda seconds: slept.append(seconds) or sleep(seconds))
+    torch.cuda.synchronize()
+    got = []
+    for value in range(40):
+        torch.cuda._sleep(4_000_000)
+        buffers.stage("x", [value])
+        buffers.upload()
+        got.append(buffers["x"].clone())
+    assert [x.item() for x in got] == [*range(40)] and slept and max(slept) <= 1e-3
 
 
 def test_arrays_stage_like_lists(device):

@@ -22,6 +22,14 @@ OPTIONS = [Sampling(), Sampling(5, 0.5, 3, 0.5, 0.5, 7), Sampling(banned_token_i
            Sampling(presence_penalty=1.0)]
 
 
+@pytest.fixture(autouse=True, scope="module")
+def two_blocks():
+    """So that every second batch is compared with what its block holds of an earlier one."""
+    with pytest.MonkeyPatch.context() as patches:
+        patches.setattr(StaticBuffers, "BLOCKS", 2)
+        yield
+
+
 @lru_cache(None)
 def model(device):
     config = LlamaConfig.from_dict(tiny_config(num_hidden_layers=1))

@@ -1,12 +1,17 @@
 """Static buffers: the tensors whose addresses a graph bakes in, filled from the host by one copy a step.
 
-All fields lie in one block of device memory and in two pinned blocks of the same layout on the host, which take turns: a step writes one, pads
-the rest with each field's pad value, and `upload()` copies the block once. The next step writes the other, while the device may still be busy
-with the step before, behind which the copy waits.
+All fields lie in one block of device memory and in a few pinned blocks of the same layout on the host, which take turns: a step writes one, pads
+the rest with each field's pad value, and `upload()` copies the block once. The next step writes another, while the device may still be busy with
+the steps before, behind which the copy waits.
+
+The copy is a graph of its own, one a pinned block, for a copy and an event of the stream's cost the host 100 us behind a busy device, and the
+launch of such a graph 6. It ends with the block's serial number in pinned memory, where the host sees, without a call of the driver's, which
+blocks the device has done with.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -14,6 +19,9 @@ from math import prod
 
 import numpy as np
 import torch
+
+from .buckets import Buckets
+from .capture import GraphRunner
 
 
 @dataclass(frozen=True)
@@ -29,6 +37,7 @@ class StaticBuffers:
     """`buffers["name"]` is the device tensor, whose address never changes. `stage(name, values)` writes the host side."""
 
     ALIGNMENT = 256   # bytes: as cudaMalloc aligns, so that every view keeps its loads vectors
+    BLOCKS = 8        # pinned ones, so many steps may be under way
 
     def __init__(self, fields: dict[str, Field], device: torch.device | str):
         self.fields, self.device = fields, torch.device(device)
@@ -39,13 +48,16 @@ class StaticBuffers:
             offsets[name] = size
             bytes_ = prod(field.shape) * field.dtype.itemsize
             size += -(-bytes_ // self.ALIGNMENT) * self.ALIGNMENT
-        on_gpu = self.device.type == "cuda"
-        self._staging = [torch.zeros(size, dtype=torch.uint8, pin_memory=on_gpu) for _ in range(2)]
-        self._block = torch.zeros(size, dtype=torch.uint8, device=self.device)
-        self._uploaded = [torch.cuda.Event(blocking=True) if on_gpu else None for _ in range(2)]    # whose wait leaves the processor to others
-        self._in_flight, self._turn, self._is_sent = [False, False], 0, False
+        pinned = lambda *shape, dtype: torch.zeros(*shape, dtype=dtype, pin_memory=self.device.type == "cuda")
+        self._staging = [pinned(size + self.ALIGNMENT, dtype=torch.uint8) for _ in range(self.BLOCKS)]           # behind the fields the serial
+        self._block = torch.zeros(size + self.ALIGNMENT, dtype=torch.uint8, device=self.device)
+        self._arrived = pinned(1, dtype=torch.int64)
+        serial = slice(size, size + self._arrived.nbytes)
+        self._serials, self._arrivals = [block[serial].view(torch.int64).numpy() for block in self._staging], self._arrived.numpy()
+        self._copies = uploads(self._staging, self._block, serial, self._arrived)
+        self._turn, self._is_sent, self._sent = 0, False, 0
         self._staged: set[str] = set()                 # since the last upload
-        self._known: list[dict[str, tuple | None]] = [dict.fromkeys(fields), dict.fromkeys(fields)]     # steady values that the blocks hold
+        self._known: list[dict[str, tuple | None]] = [dict.fromkeys(fields) for _ in self._staging]      # steady values that the blocks hold
         cut = {name: slice(offsets[name], offsets[name] + prod(field.shape) * field.dtype.itemsize) for name, field in fields.items()}
         fit = lambda block: {name: block[cut[name]].view(field.dtype).view(field.shape) for name, field in fields.items()}
         self._views, self._hosts = fit(self._block), [{name: view.numpy() for name, view in fit(block).items()} for block in self._staging]
@@ -65,10 +77,9 @@ class StaticBuffers:
     def stage(self, name: str, values: Sequence | np.ndarray, steady: bool = False) -> None:
         """Writes `values` to the front of the field on the host and its pad value behind them. Rows of a 2-D field may be shorter than the
         field: they too are padded. Of `steady` ones, a tuple of numbers or of tuples of them, only what differs from those that the block has from
-        two rounds ago is written. Raises ValueError, and changes nothing, if they do not fit."""
+        its last turn is written. Raises ValueError, and changes nothing, if they do not fit."""
         if self._is_sent:
-            self._turn, self._is_sent = 1 - self._turn, False
-            self.wait()
+            self._next()
         known = self._known[self._turn]
         held = known[name]
         if steady and (held is values or held == values):
@@ -102,23 +113,32 @@ class StaticBuffers:
     def upload(self) -> None:
         """Copies everything staged to the device, on the current stream, without waiting for it. A field that was not staged since the last upload
         stays as it is."""
-        if not self._is_sent:
-            for name in self.fields.keys() - self._staged:
-                np.copyto(self._host[name], self._hosts[1 - self._turn][name])
-                self._known[self._turn][name] = self._known[1 - self._turn][name]
-            self._staged.clear()
-        self._block.copy_(self._staging[self._turn], non_blocking=True)
-        self._is_sent, uploaded = True, self._uploaded[self._turn]
-        if uploaded is not None:
-            uploaded.record()
-            self._in_flight[self._turn] = True
+        if self._is_sent:
+            self._next()
+        before = self._turn - 1
+        for name in self.fields.keys() - self._staged:
+            np.copyto(self._host[name], self._hosts[before][name])
+            self._known[self._turn][name] = self._known[before][name]
+        self._staged.clear()
+        self._sent += 1
+        self._serials[self._turn][0] = self._sent
+        self._copies.run(1 + self._turn)
+        self._is_sent = True
+
+    def _next(self):
+        """Turns to the block that was sent longest ago, once it is free."""
+        self._turn, self._is_sent = (self._turn + 1) % self.BLOCKS, False
+        self.wait()
 
     def wait(self) -> None:
-        """Returns once no upload reads the block staged last. `stage` calls it for the block it turns to, so that no copy reads what it writes."""
-        uploaded = self._uploaded[self._turn]
-        if uploaded is not None and self._in_flight[self._turn]:
-            uploaded.synchronize()
-            self._in_flight[self._turn] = False
+        """Returns once no upload reads the block that is written next. Where one does, only once half of all blocks are free, so that a host which
+        is ahead of its device sleeps once in so many steps. Raises what torch raises of a device that has failed."""
+        pause, sent = 50e-6, self._serials[self._turn][0]
+        if self._arrivals[0] < sent:
+            while self._arrivals[0] < sent + (self.BLOCKS - 1) // 2:
+                torch.cuda.current_stream(self.device).query()             # its errors are all that it is asked for
+                time.sleep(pause)
+                pause = min(1.5 * pause, 1e-3)         # few sleeps, of which the last is half as long again as needed at most
 
     def check_addresses(self) -> None:
         """Raises RuntimeError if a buffer moved since it was made: a graph would go on reading the old place."""
@@ -126,3 +146,16 @@ class StaticBuffers:
             if self._views[name].data_ptr() != address:
                 raise RuntimeError(f"gkernels.graph.StaticBuffers: {name} moved from {address:#x} to {self._views[name].data_ptr():#x}; "
                                    "write into the tensor instead of replacing it")
+
+
+def uploads(blocks: list[torch.Tensor], target: torch.Tensor, serial: slice, arrived: torch.Tensor) -> GraphRunner:
+    """A runner whose bucket n copies the n-th of pinned `blocks` to `target`, and then its bytes in `serial` to pinned `arrived`."""
+    number = target[serial].view(arrived.dtype)
+
+    def upload(n):
+        target.copy_(blocks[n - 1], non_blocking=True)
+        arrived.copy_(number, non_blocking=True)
+
+    runner = GraphRunner(upload, Buckets(range(1, len(blocks) + 1)), target.device)
+    runner.capture(progress=False)
+    return runner

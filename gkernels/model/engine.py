@@ -82,7 +82,7 @@ class Engine:
         width = speculation.drafts + 1 if speculation else 1
         s = self.step_fn = Step(model, self.cache, max_tokens, max_requests, self.max_len, max(loop, burst) + width - 1, adjusts,
                                 speculation is not None)
-        self.runner = GraphRunner(s, buckets or Buckets.up_to(max_tokens), device, (s.buffers.check_addresses,))
+        self.runner = GraphRunner(s.single, buckets or Buckets.up_to(max_tokens), device, (s.buffers.check_addresses,))
         self.ahead = Ahead.build(s, s, loop, burst)
         self.guesses = Ahead.build(SpeculativeStep(s, speculation), s, loop, burst, width) if speculation else None
         self.waiting: deque[Request] = deque()
