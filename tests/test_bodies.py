@@ -62,7 +62,7 @@ def check_clean(kind, device):
     runner = runner_of(kind, step, "cuda")
     report = check_runner(runner, step.stage, CASES[:3])
     assert report.clean and not report.unproven, report
-    words = rf"(\d+) nodes of {LAUNCH[kind]}, (\d+) of them in conditional bodies, all safe, are the same in 4 captures of 3 cases$"
+    words = rf"(\d+) nodes of {LAUNCH[kind]}, (\d+) of them in conditional bodies, all safe, are the same in 5 captures of 3 cases$"
     count, inside = map(int, re.match(words, report.proven[0]).groups())
     kernels = 2                                             # a call's
     assert (count, inside) == {GraphRunner: (kernels, 0), Burst: (2 * kernels, 0), ChoosingRunner: (2 + 2 * (kernels + 1), 2 * (kernels + 1)),

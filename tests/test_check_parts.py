@@ -29,6 +29,7 @@ from gkernels.graph.launches import classes_of, options_of, record, specialisati
 from gkernels.graph.lint import findings, lint
 from gkernels.graph.memory import Memory, different, fill_with_junk, is_poison, named_tensors, poison, span
 from gkernels.graph.nodes import Node, compare_nodes, different_words, missing_kernels, read_nodes, unsafe_nodes
+from gkernels.graph.recaptures import Sources, compare
 from gkernels.graph.trace import NotReplayable, tracing
 
 CUDA = torch.cuda.is_available()
@@ -136,6 +137,15 @@ def test_what_differs_between_captures_of_one_batch_is_noise():
     assert noise == [(0, 1, 0)] and compare_nodes([KERNEL], [again], noise) == [] and compare_nodes([KERNEL], [again]) != []
     baked = replace(moved, parameters=(b"\x09\0\0\0", *moved.parameters[1:]))
     assert [f.finding for f in compare_nodes([KERNEL], [baked], noise)] == ["baked-scalar"]
+
+
+@pytest.mark.parametrize("values, finds", [("11222", False), ("12345", False), ("11212", False), ("11221", True), ("11111", False), ("11211", True)])
+def test_what_changes_with_time_alone_is_noise(values, finds):
+    """A word in five captures, of cases a, a, b, c and a: bytes that nobody writes may change once, and then stay."""
+    made = [(case, {"bucket 1": [replace(KERNEL, parameters=(int(value).to_bytes(4, "little"),))]}) for case, value in zip("aabca", values, strict=True)]
+    report = Report("", "cuda", [])
+    compare(report, Sources("home.py:1", []), made)
+    assert report.names == ({"baked-scalar"} if finds else set()), report
 
 
 def test_bytes_of_empty_objects_are_passed_over():

@@ -53,7 +53,7 @@ def compare_nodes(first: Sequence[Node], other: Sequence[Node], noise: Iterable[
                   names: Mapping[int, Sequence[str]] | None = None) -> list[Difference]:
     """What a graph of one batch holds that a graph of another holds otherwise.
 
-    noise   words that differ between two captures of the same batch: addresses in their pools, and bytes that no one writes
+    noise   words that differ between captures of the same batch: addresses in their pools, and bytes that no one writes
     names   by node: its parameters' names, where they are known
 
     A nameless parameter of one byte that is no truth value is passed over: an empty C++ object is one, and nobody writes its byte."""

@@ -26,7 +26,8 @@ def examine_runner(runner: GraphRunner, stage: Callable[[Any], None], cases: Seq
         report.unproven.append(f"the nodes of its graphs: {missing}")
         return report
     made, held, launches = [], [], list[Launch]()
-    for case in (cases[0], *cases):
+    first, *others = cases
+    for case in (first, first, *others, first):
         held.append(runner.detach())                    # kept: so no address of one capture's pool comes again in another
         stage(case)
         try:
@@ -40,7 +41,7 @@ def examine_runner(runner: GraphRunner, stage: Callable[[Any], None], cases: Seq
         made.append((case, runner.nodes()))
     for captured in held:
         captured.release()
-    if len(made) == len(cases) + 1:
+    if len(made) == len(cases) + 2:
         compare(report, Sources(home, launches), made)
     return report
 
@@ -63,10 +64,10 @@ class Sources:
 
 
 def compare(report: Report, sources: Sources, made: list[tuple[Any, dict]]) -> None:
-    """The captures against the second, whose case is the first one's too: what differs between those two alone is noise."""
-    (_, again), (_, first), *others = made
-    noise = {launch: list(different_words(again[launch], nodes)) for launch, nodes in first.items()}
-    for case, nodes in (made[0], *others):
+    """The captures against the second, whose case is the first one's and the last one's too: what differs among those three is noise."""
+    (_, before), (_, first), *others, (_, after) = made
+    noise = {launch: [word for again in (before, after) for word in different_words(again[launch], nodes)] for launch, nodes in first.items()}
+    for case, nodes in (made[0], *made[2:]):
         for launch in first:
             for difference in compare_nodes(first[launch], nodes[launch], noise[launch], sources.of(first[launch])):
                 report.add(difference.finding, sources.place(first[launch], difference.node), f"{launch}: {difference.what}", str(case))
