@@ -142,7 +142,8 @@ def test_what_differs_between_captures_of_one_batch_is_noise():
 @pytest.mark.parametrize("values, finds", [("11222", False), ("12345", False), ("11212", False), ("11221", True), ("11111", False), ("11211", True)])
 def test_what_changes_with_time_alone_is_noise(values, finds):
     """A word in five captures, of cases a, a, b, c and a: bytes that nobody writes may change once, and then stay."""
-    made = [(case, {"bucket 1": [replace(KERNEL, parameters=(int(value).to_bytes(4, "little"),))]}) for case, value in zip("aabca", values, strict=True)]
+    node = lambda value: replace(KERNEL, parameters=(int(value).to_bytes(4, "little"),))
+    made = [(case, {"bucket 1": [node(value)]}) for case, value in zip("aabca", values, strict=True)]
     report = Report("", "cuda", [])
     compare(report, Sources("home.py:1", []), made)
     assert report.names == ({"baked-scalar"} if finds else set()), report
