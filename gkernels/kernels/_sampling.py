@@ -1,12 +1,12 @@
 """The kernels of sampling: passes over the vocabulary, each shared by all programs of a row. `sampling` has the rules and the launches.
 
-A row's last program to arrive in `first` or `reach` settles it for the next pass: no pass waits for a host or a barrier. All merges are exact
-(maxima, integer sums, float64 scores), so neither arrival nor chunking moves a bit.
+A row's last program to arrive in `first` or `reach` settles it for the next pass, and in `draw` ends it: no pass waits for a host or a barrier. All
+merges are exact (maxima, integer sums, float64 scores), so neither arrival nor chunking moves a bit.
 
   first   the greatest logit, and that of every GROUP tokens; rows that drop nothing are drawn here and are done, as are greedy ones
   reach   where few tokens may be kept, these are listed; else the tokens in each of BINS bins are counted, which bounds where the prefix ends
-  draw    tokens above the bins where the prefix may end compete where they are read, and those in them are listed; nothing where `reach` listed
-  select  one program a row finds the end in the list, or in the whole row where the list cannot hold it, and draws
+  draw    tokens above the bins where the prefix may end compete where they are read, and those in them are listed; nothing where `reach` listed.
+          One program a row finds the end in the list, or in the whole row where the list cannot hold it, and draws
 """
 
 import triton
@@ -16,10 +16,10 @@ from ._arrive import arrive
 from ._noise import key_at
 from ._overlap import wait_for_node_before
 from ._sampling_bins import BINS, LINEAR, bin_of, bounds_of
-from ._sampling_contest import decide, enter, least_of, most_of, nobody
+from ._sampling_contest import decide, draw_of, enter, greatest_of, least_of, most_of, nobody, tile_ahead
 from ._sampling_cut import kept_of, select, tile_of
-from ._sampling_short import FAMILY, GROUP, SHORT_K, families, group_words, list_reached, put_families, settle_families, settle_groups
-from ._sampling_tokens import better, clean, first_best, key_of, mass_of, scaled, scores, tile_at
+from ._sampling_short import FAMILY, GROUP, SHORT_K, families, group_words, list_reached, put_groups, settle_families, settle_groups
+from ._sampling_tokens import better, first_best, mass_of, scaled, scores, tile_at
 
 NO_TOKEN, BAD_OPTION = 4, 8
 STATE = 16                                            # int32 a row: what one pass leaves for the next
@@ -44,12 +44,23 @@ def options_of(row, options, V: tl.constexpr, HAS_TYPICAL: tl.constexpr):
 
 
 @triton.jit
-def _merge(scores_ptr, partials_ptr, row, which: tl.constexpr, V: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_C: tl.constexpr):
-    """The greatest of the chunks' logits (which = 0) or scores (1), and its id."""
+def _settle(scores_ptr, partials_ptr, row, V: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_C: tl.constexpr):
+    """The greatest of the chunks' logits, and the id of the greatest of their scores. All is loaded before a reduction waits for any."""
     offs_c = tl.arange(0, BLOCK_C)
     at, mask = row * CHUNKS + offs_c, offs_c < CHUNKS
-    score = tl.load(scores_ptr + at * 2 + which, mask, other=-_INF, cache_modifier=".cg")
-    return first_best(score, tl.load(partials_ptr + at * 3 + which, mask, other=V, cache_modifier=".cg").to(tl.int32), V)
+    tops = tl.load(scores_ptr + at * 2, mask, other=-_INF, cache_modifier=".cg")
+    best = tl.load(scores_ptr + at * 2 + 1, mask, other=-_INF, cache_modifier=".cg")
+    ids = tl.load(partials_ptr + at * 3 + 1, mask, other=V, cache_modifier=".cg").to(tl.int32)
+    return tl.max(tops, 0), first_best(best, ids, V)[1]
+
+
+@triton.jit
+def _merge(scores_ptr, partials_ptr, row, V: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_C: tl.constexpr):
+    """The greatest of the chunks' scores, and its id."""
+    offs_c = tl.arange(0, BLOCK_C)
+    at, mask = row * CHUNKS + offs_c, offs_c < CHUNKS
+    score = tl.load(scores_ptr + at * 2 + 1, mask, other=-_INF, cache_modifier=".cg")
+    return first_best(score, tl.load(partials_ptr + at * 3 + 1, mask, other=V, cache_modifier=".cg").to(tl.int32), V)
 
 
 @triton.jit
@@ -83,14 +94,15 @@ def first_kernel(
     keeps_ptr,         # [R] int32: 0 for rows to be left alone; None for none
     status_ptr,        # [R] int32, read and written
     out_ptr,           # [R] int32
-    scores_ptr,        # [R, CHUNKS, 2] float64: a chunk's greatest logit and greatest score
-    partials_ptr,      # [R, CHUNKS, 3] int64: the group of the first, the id of the second; see `draw` for the third
-    counts_ptr,        # [R, BINS + 3] int32, zeros between launches: tokens a bin; programs that arrived in `first` and `reach`; tokens listed
+    scores_ptr,        # [R, CHUNKS, 2] float64: a chunk's greatest logit and greatest score, which is that logit where the row is greedy
+    partials_ptr,      # [R, CHUNKS, 3] int64: the second is the id of the greatest score
+    counts_ptr,        # [R, BINS + 4] int32, zeros between launches: tokens a bin; programs that arrived in `first`, and in the others;
+                       # tokens listed by `reach`, by `draw`
     state_ptr,         # [R, STATE] int32: mode, greatest logit, then what `reach` finds, the cut, and what it needs
     groups_ptr,        # [R, group_words] int32: of each GROUP tokens the key of the greatest logit, all masses in units of 2^-24 of its, and families
     stride_lr,
-    V: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_C: tl.constexpr, GROUPS: tl.constexpr,
-    BLOCK_G: tl.constexpr, CAPACITY: tl.constexpr, HAS_TYPICAL: tl.constexpr, OVERLAPS: tl.constexpr,
+    V: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr, STREAM: tl.constexpr, BLOCK_C: tl.constexpr,
+    GROUPS: tl.constexpr, BLOCK_G: tl.constexpr, CAPACITY: tl.constexpr, HAS_TYPICAL: tl.constexpr, OVERLAPS: tl.constexpr,
 ):
     wait_for_node_before(OVERLAPS)
     chunk, row = tl.program_id(0) % CHUNKS, tl.program_id(0) // CHUNKS
@@ -99,7 +111,9 @@ def first_kernel(
     options, row_ptr = (temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, typical_p_ptr), logits_ptr + row.to(tl.int64) * stride_lr
     temperature, top_k, top_p, min_p, typical_p, good = options_of(row, options, V, HAS_TYPICAL)
     seq_len, seed, position = tl.load(seq_lens_ptr + row), tl.load(seed_ptr + row), tl.load(position_ptr + row)
-    reference = clean(tl.load(row_ptr + tl.minimum(chunk * CHUNK, V - 1)))         # any logit of the row keeps differences small
+    first = chunk * CHUNK
+    stop = tl.minimum(first + CHUNK, V)
+    tile = tile_ahead(row_ptr, first, stop, V, STREAM)
     if keeps_ptr is not None:
         if tl.load(keeps_ptr + row) == 0:
             if chunk == 0:
@@ -117,44 +131,26 @@ def first_kernel(
     # The more families a top_k needs, the lower is the bound that they give, and the more tokens reach it
     needs_families = may_be_short & (top_k <= families(GROUPS) // 3)
     needs_groups = may_be_short & (top_k < V) & (needs_families == 0)
-    key, standing = key_at(seed, position), nobody(V, BLOCK)
-    tops, at_group = tl.full((BLOCK // _GROUP,), -_INF, tl.float32), tl.full((BLOCK // _GROUP,), 0, tl.int32)
-    reference = tl.where(tl.abs(reference) < _INF, reference, 0.0)
-    for at in tl.range(chunk * CHUNK, chunk * CHUNK + CHUNK, BLOCK, num_stages=4):
-        ids, x = tile_at(row_ptr, at, V, BLOCK)
-        tile = tl.reshape(x, (BLOCK // _GROUP, _GROUP))
-        groups, group_tops = at // _GROUP + tl.arange(0, BLOCK // _GROUP), tl.max(tile, 1)
-        at_group, tops = tl.where(group_tops > tops, groups, at_group), tl.maximum(tops, group_tops)
-        if has_groups:
-            tl.store(groups_ptr + row * group_words(GROUPS) + groups, key_of(group_tops), groups < GROUPS)
-            if BLOCK >= _GROUP * _FAMILY:                                          # else there are too few
-                if needs_families:
-                    put_families(groups_ptr + row * group_words(GROUPS), group_tops, at, GROUPS, BLOCK)
-            if has_masses:
-                z = scaled(tile, tl.where(group_tops > -_INF, group_tops, 0.0)[:, None], temperature)
-                masses = tl.sum((tl.exp(z) * 16777216.0 + 0.5).to(tl.int32), 1)
-                tl.store(groups_ptr + row * group_words(GROUPS) + GROUPS + groups, masses, groups < GROUPS)
-        if draws_here:
-            standing = enter(standing, most_of(x, ids, x > -_INF, reference, temperature, key), ids)
-    top, group = first_best(tops, at_group, V)
+    row_groups = groups_ptr + row * group_words(GROUPS)
     score, token = tl.full((), -_INF, tl.float64), tl.full((), V, tl.int32)
-    if draws_here:
-        score, token, is_open = decide(standing, row_ptr, reference, temperature, seed, position, V)
-        for at in range(chunk * CHUNK, tl.where(is_open, chunk * CHUNK + CHUNK, 0), BLOCK):
-            ids, x = tile_at(row_ptr, at, V, BLOCK)
-            if tl.max(most_of(x, ids, x > -_INF, reference, temperature, key), 0) > least_of(score, reference, temperature):
-                score, token = better(score, token, *first_best(scores(x, ids, x > -_INF, temperature, seed, position), ids, V))
+    # A loop of its own for each kind of row: what others need costs it nothing
+    if has_groups:
+        top = put_groups(row_groups, row_ptr, first, temperature, needs_families, has_masses, V, CHUNK, BLOCK, GROUPS)
+    elif draws_here:
+        top, score, token = draw_of(row_ptr, tile, first, stop, temperature, seed, position, V, CHUNK, STREAM)
+    else:
+        top, token = greatest_of(row_ptr, tile, first, stop, V, CHUNK, STREAM)
+        score = top.to(tl.float64)
     partial = row * CHUNKS + chunk
     tl.store(scores_ptr + partial * 2, top.to(tl.float64))
     tl.store(scores_ptr + partial * 2 + 1, score)
-    tl.store(partials_ptr + partial * 3, group.to(tl.int64))
     tl.store(partials_ptr + partial * 3 + 1, token.to(tl.int64))
-    if arrive(counts_ptr + row * (_BINS + 3) + _BINS, CHUNKS):
-        greatest, group = _merge(scores_ptr, partials_ptr, row, 0, V, CHUNKS, BLOCK_C)
+    if arrive(counts_ptr + row * (_BINS + 4) + _BINS, CHUNKS):
+        status = tl.load(status_ptr + row)                                         # with all that is loaded here, not after it
+        greatest, token = _settle(scores_ptr, partials_ptr, row, V, CHUNKS, BLOCK_C)
         top, none, mode = greatest.to(tl.float32), greatest == -_INF, tl.full((), _DONE, tl.int32)
         is_drawn = (temperature > 0.0) & (tl.abs(greatest) < _INF)
         if is_drawn & (draws_here == 0):
-            row_groups = groups_ptr + row * group_words(GROUPS)
             if has_masses | needs_groups:
                 serves, bound, least, total, scale, offset = settle_groups(
                     row_groups, top, temperature, top_k, top_p, min_p, may_be_short, has_masses, V, GROUPS, BLOCK_G, CAPACITY)
@@ -169,16 +165,16 @@ def first_kernel(
             offs = tl.arange(0, 8)                                                 # every bin surely kept
             tl.store(state + offs, _BINS, (offs >= 2) & (offs < 5))
         else:
-            _, token = _merge(scores_ptr, partials_ptr, row, 1, V, CHUNKS, BLOCK_C)
-            if is_drawn == 0:
-                members, x = tile_at(row_ptr, group * _GROUP, V, _GROUP)
-                token = tl.min(tl.where(x == top, members, V - 1), 0)
+            for at in range(0, tl.where((temperature > 0.0) & (greatest == _INF), V, 0), BLOCK):       # +inf wins over any noise, the first of them
+                ids, x = tile_at(row_ptr, at, V, BLOCK)
+                first_infinite = tl.min(tl.where(x == _INF, ids, V), 0)
+                token = tl.minimum(tl.where(at == 0, V, token), first_infinite)
             tl.store(out_ptr + row, tl.where(none, -1, token))
         tl.store(state, mode)
         tl.store(state + 1, top.to(tl.int32, bitcast=True))
         _put_cut(state, (tl.full((), _LOWEST, tl.int32), V, 0.0, tl.full((), 0.0, tl.float32), tl.full((), -2**31, tl.int32), V))
         flags = tl.where(none, _NO_TOKEN, 0) | tl.where(good, 0, _BAD_OPTION)
-        tl.store(status_ptr + row, tl.load(status_ptr + row) | flags)
+        tl.store(status_ptr + row, status | flags)
 
 
 @triton.jit(do_not_specialize_on_alignment=["temperature_ptr", "top_k_ptr", "top_p_ptr", "min_p_ptr", "typical_p_ptr"])
@@ -194,7 +190,7 @@ def reach_kernel(
 ):
     wait_for_node_before(OVERLAPS)
     chunk, row = tl.program_id(0) % CHUNKS, tl.program_id(0) // CHUNKS
-    state, counts_ptr, row_ptr = state_ptr + row * _STATE, counts_ptr + row * (_BINS + 3), logits_ptr + row.to(tl.int64) * stride_lr
+    state, counts_ptr, row_ptr = state_ptr + row * _STATE, counts_ptr + row * (_BINS + 4), logits_ptr + row.to(tl.int64) * stride_lr
     mode, top, one, two = tl.load(state), tl.load(state + 1).to(tl.float32, bitcast=True), tl.load(state + 12), tl.load(state + 13)
     options = (temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, typical_p_ptr)
     temperature, top_k, top_p, _, typical_p, _ = options_of(row, options, V, HAS_TYPICAL)
@@ -237,24 +233,13 @@ def reach_kernel(
             tl.store(state + 5, tl.where(fits, k_left, top_k))
 
 
-@triton.jit(do_not_specialize_on_alignment=["temperature_ptr", "top_k_ptr", "top_p_ptr", "min_p_ptr", "typical_p_ptr", "seed_ptr", "position_ptr"])
-def draw_kernel(
-    logits_ptr, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, typical_p_ptr, seed_ptr, position_ptr,             # as in first_kernel
-    scores_ptr,        # [R, CHUNKS, 2]: the second is written
-    partials_ptr,      # [R, CHUNKS, 3]: mass surely kept, id of the greatest score, mass that counts in the total only
-    counts_ptr, state_ptr, list_x_ptr, list_ids_ptr, stride_lr,                                                      # as in reach_kernel
-    V: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr, ROOM: tl.constexpr, HAS_TYPICAL: tl.constexpr,
-    OVERLAPS: tl.constexpr,
-):
-    wait_for_node_before(OVERLAPS)
-    chunk, row = tl.program_id(0) % CHUNKS, tl.program_id(0) // CHUNKS
-    state, row_ptr = state_ptr + row * _STATE, logits_ptr + row.to(tl.int64) * stride_lr
-    if tl.load(state) != _LIST:
-        return
-    options = (temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, typical_p_ptr)
-    temperature, _, _, min_p, _, _ = options_of(row, options, V, HAS_TYPICAL)
-    seed, position = tl.load(seed_ptr + row), tl.load(position_ptr + row)
-    key, standing, top = key_at(seed, position), nobody(V, BLOCK), tl.load(state + 1).to(tl.float32, bitcast=True)
+@triton.jit
+def _draw(row_ptr, options, draws, state, counter, list_x_ptr, list_ids_ptr, scores_ptr, partials_ptr, chunk, V: tl.constexpr, CHUNK: tl.constexpr,
+          BLOCK: tl.constexpr):
+    """Draws from the tokens of a chunk that are surely kept, lists those that may be, and leaves the masses of both kinds of others."""
+    temperature, min_p, top = options
+    seed, position = draws
+    key, standing = key_at(seed, position), nobody(V, BLOCK)
     first, last, k_bin = tl.load(state + 2), tl.load(state + 3), tl.load(state + 4)
     scale, offset = tl.load(state + 12).to(tl.float32, bitcast=True), tl.load(state + 13)
     sure, beyond = tl.zeros((BLOCK,), tl.int64), tl.zeros((BLOCK,), tl.int64)
@@ -268,8 +253,7 @@ def draw_kernel(
         standing = enter(standing, most_of(x, ids, is_sure & (tl.exp(z) >= min_p), top, temperature, key), ids)
         count = tl.sum(listed.to(tl.int32), 0)
         if count > 0:
-            place = tl.atomic_add(counts_ptr + row * (_BINS + 3) + _BINS + 2, count, sem="relaxed") + tl.cumsum(listed.to(tl.int32), 0) - 1
-            place = row.to(tl.int64) * ROOM + place
+            place = tl.atomic_add(counter, count, sem="relaxed") + tl.cumsum(listed.to(tl.int32), 0) - 1
             tl.store(list_x_ptr + place, x, listed)
             tl.store(list_ids_ptr + place, ids, listed)
     score, token, is_open = decide(standing, row_ptr, top, temperature, seed, position, V)
@@ -279,53 +263,64 @@ def draw_kernel(
         kept = (x > -_INF) & (bin_of(z, scale, offset) < first) & (tl.exp(z) >= min_p)
         if tl.max(most_of(x, ids, kept, top, temperature, key), 0) > least_of(score, top, temperature):
             score, token = better(score, token, *first_best(scores(x, ids, kept, temperature, seed, position), ids, V))
-    partial = row * CHUNKS + chunk
-    tl.store(scores_ptr + partial * 2 + 1, score)
-    tl.store(partials_ptr + partial * 3, tl.sum(sure, 0))
-    tl.store(partials_ptr + partial * 3 + 1, token.to(tl.int64))
-    tl.store(partials_ptr + partial * 3 + 2, tl.sum(beyond, 0))
+    tl.store(scores_ptr + 1, score)
+    tl.store(partials_ptr, tl.sum(sure, 0))
+    tl.store(partials_ptr + 1, token.to(tl.int64))
+    tl.store(partials_ptr + 2, tl.sum(beyond, 0))
 
 
 @triton.jit(do_not_specialize_on_alignment=["temperature_ptr", "top_k_ptr", "top_p_ptr", "min_p_ptr", "typical_p_ptr", "seed_ptr", "position_ptr",
                                             "out_ptr"])
-def select_kernel(
+def draw_kernel(
     logits_ptr, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, typical_p_ptr, seed_ptr, position_ptr, out_ptr,    # as in first_kernel
-    scores_ptr, partials_ptr, counts_ptr, state_ptr, list_x_ptr, list_ids_ptr, stride_lr,                            # as in draw_kernel
-    V: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_C: tl.constexpr, CAPACITY: tl.constexpr, ROOM: tl.constexpr,
-    RANKED: tl.constexpr, HAS_TYPICAL: tl.constexpr, OVERLAPS: tl.constexpr,
+    scores_ptr,        # [R, CHUNKS, 2]: the second is written
+    partials_ptr,      # [R, CHUNKS, 3]: mass surely kept, id of the greatest score, mass that counts in the total only
+    counts_ptr, state_ptr, list_x_ptr, list_ids_ptr, stride_lr,                                                      # as in reach_kernel
+    V: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
+    CAPACITY: tl.constexpr, ROOM: tl.constexpr, RANKED: tl.constexpr, HAS_TYPICAL: tl.constexpr, OVERLAPS: tl.constexpr,
 ):
     wait_for_node_before(OVERLAPS)
-    row = tl.program_id(0)
-    state, counter = state_ptr + row * _STATE, counts_ptr + row * (_BINS + 3) + _BINS + 2
+    chunk, row = tl.program_id(0) % CHUNKS, tl.program_id(0) // CHUNKS
+    state, arrivals = state_ptr + row * _STATE, counts_ptr + row * (_BINS + 4) + _BINS + 1
     # All of it at once, before a branch depends on any
-    mode, top, count, k_left, k_bin = tl.load(state), tl.load(state + 1), tl.load(counter), tl.load(state + 5), tl.load(state + 4)
+    mode, top, k_left, k_bin = tl.load(state), tl.load(state + 1), tl.load(state + 5), tl.load(state + 4)
+    count = tl.load(arrivals + 1, chunk == 0, other=0)
     known = (tl.load(state + 15).to(tl.int64) << 32) | (tl.load(state + 14).to(tl.int64) & 0xFFFFFFFF)
     options = (temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, typical_p_ptr)
     temperature, top_k, top_p, min_p, typical_p, _ = options_of(row, options, V, HAS_TYPICAL)
     seed, position = tl.load(seed_ptr + row), tl.load(position_ptr + row)
-    if mode == _DONE:
+    if (mode == _DONE) | ((mode != _LIST) & (chunk > 0)):
+        return
+    lists, row_ptr, top = row.to(tl.int64) * ROOM, logits_ptr + row.to(tl.int64) * stride_lr, top.to(tl.float32, bitcast=True)
+    list_x_ptr, list_ids_ptr = list_x_ptr + lists, list_ids_ptr + lists
+    sure, beyond, score, token = tl.full((), 0, tl.int64), tl.full((), 0, tl.int64), tl.full((), -_INF, tl.float64), tl.full((), V, tl.int32)
+    selects = chunk == 0
+    if mode == _LIST:
+        partial = row * CHUNKS + chunk
+        _draw(row_ptr, (temperature, min_p, top), (seed, position), state, arrivals + 2, list_x_ptr, list_ids_ptr, scores_ptr + partial * 2,
+              partials_ptr + partial * 3, chunk, V, CHUNK, BLOCK)
+        selects = arrive(arrivals, CHUNKS)
+        if selects:
+            count = tl.load(arrivals + 2, cache_modifier=".cg")
+            sure, beyond = sum_of(partials_ptr, row, 0, CHUNKS, BLOCK_C), sum_of(partials_ptr, row, 2, CHUNKS, BLOCK_C)
+            score, token = _merge(scores_ptr, partials_ptr, row, V, CHUNKS, BLOCK_C)
+    if selects == 0:
         return
     tl.debug_barrier()                                                             # every thread has the count before it is cleared
-    tl.store(counter, 0)
-    is_row, is_short, top = mode == _ROW, mode == _SHORT, top.to(tl.float32, bitcast=True)
+    tl.store(arrivals + tl.where(mode == _LIST, 2, 1), 0)
+    is_row, is_short = mode == _ROW, mode == _SHORT
     count, k_left, known = tl.where(is_row, V, tl.minimum(count, CAPACITY)), tl.where(is_short, top_k, k_left), tl.where(is_short, known, 0)
     has_k = (top_k < V) & (is_row | tl.where(is_short, count > top_k, k_bin < _BINS))          # else fewer tokens than top_k have a logit
-    sure, beyond, score, token = tl.full((), 0, tl.int64), tl.full((), 0, tl.int64), tl.full((), -_INF, tl.float64), tl.full((), V, tl.int32)
-    if mode == _LIST:
-        sure, beyond = sum_of(partials_ptr, row, 0, CHUNKS, BLOCK_C), sum_of(partials_ptr, row, 2, CHUNKS, BLOCK_C)
-        score, token = _merge(scores_ptr, partials_ptr, row, 1, V, CHUNKS, BLOCK_C)
-    lists = row.to(tl.int64) * ROOM
-    list_x_ptr, list_ids_ptr = list_x_ptr + lists, list_ids_ptr + lists
-    source = (list_x_ptr, list_ids_ptr, logits_ptr + row.to(tl.int64) * stride_lr, count, is_row, list_x_ptr + CAPACITY, list_ids_ptr + CAPACITY)
-    cut = select(source, known, sure, beyond, k_left, has_k, top, temperature, top_p, min_p, typical_p, V, BLOCK, RANKED, HAS_TYPICAL)
+    source = (list_x_ptr, list_ids_ptr, row_ptr, count, is_row, list_x_ptr + CAPACITY, list_ids_ptr + CAPACITY)
+    cut = select(source, known, sure, beyond, k_left, has_k, top, temperature, top_p, min_p, typical_p, V, BLOCK_S, RANKED, HAS_TYPICAL)
     if count <= RANKED:
         ids, x, z = tile_of(source, 0, top, temperature, V, RANKED)
         kept = kept_of(ids, x, z, cut, HAS_TYPICAL)
         score, token = better(score, token, *first_best(scores(x, ids, kept, temperature, seed, position), ids, V))
     else:
-        key, standing = key_at(seed, position), nobody(V, BLOCK)
-        for start in range(0, count, BLOCK):
-            ids, x, z = tile_of(source, start, top, temperature, V, BLOCK)
+        key, standing = key_at(seed, position), nobody(V, BLOCK_S)
+        for start in range(0, count, BLOCK_S):
+            ids, x, z = tile_of(source, start, top, temperature, V, BLOCK_S)
             standing = enter(standing, most_of(x, ids, kept_of(ids, x, z, cut, HAS_TYPICAL), top, temperature, key), ids)
         next_score, next_token, is_open = decide(standing, source[2], top, temperature, seed, position, V)
         score, token = better(score, token, next_score, next_token)

@@ -8,12 +8,14 @@ until none is left that may win; rarely two of one place may, or too many, and t
 import triton
 import triton.language as tl
 
-from ._noise import word_of
-from ._sampling_tokens import better, clean, scores
+from ._noise import key_at, word_of
+from ._sampling_tokens import better, clean, first_best, scores, tile_at
 
 _INF = tl.constexpr(float("inf"))
 _TURNS = tl.constexpr(12)                             # tokens scored one by one, about 1 us each; 3 are usual
 _LOG2E = tl.constexpr(1.4426950408889634)
+_UNIT = tl.constexpr(4)                               # tokens that a thread loads at once, whose greatest no other thread is asked for
+_RESCORED = tl.constexpr(1024)                        # tokens of a tile where all are scored
 
 
 @triton.jit
@@ -59,3 +61,70 @@ def decide(standing, row_ptr, reference, temperature, seed, position, V: tl.cons
         best = tl.where(best_ids == id, -_INF, best)
         most, least, turn = tl.max(best, 0), least_of(score, reference, temperature), turn + 1
     return score, token, tl.maximum(most, tl.max(others, 0)) > least
+
+
+@triton.jit
+def _start_of(at, V: tl.constexpr, BLOCK: tl.constexpr):
+    """Where the tile at `at` begins: the row's last BLOCK tokens stand for a tile that passes its end, so that no token needs a mask. A token that is
+    seen twice wins no more than once."""
+    at = tl.minimum(at, max(V - BLOCK, 0))
+    return tl.multiple_of(at, 16) if (V - BLOCK) % 16 == 0 else at
+
+
+@triton.jit
+def tile_ahead(row_ptr, at, stop, V: tl.constexpr, BLOCK: tl.constexpr):
+    """Logits of the tile at `at`, NaN and -0.0 among them; nothing is read from `stop` on."""
+    offs = tl.arange(0, BLOCK)                                                     # [BLOCK]
+    return tl.load(row_ptr + _start_of(at, V, BLOCK) + offs, (offs < V) & (at < stop), other=-_INF)
+
+
+@triton.jit
+def greatest_of(row_ptr, tile, first, stop, V: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
+    """The greatest logit of a chunk, whose first tile is given, and its id; -inf and V where there is none."""
+    tops, starts = tl.full((BLOCK,), -_INF, tl.float32), tl.full((BLOCK,), V, tl.int32)
+    for at in tl.range(first, stop, BLOCK, num_stages=1):
+        start, x, tile = _start_of(at, V, BLOCK), tile.to(tl.float32), tile_ahead(row_ptr, at + BLOCK, stop, V, BLOCK)
+        is_greater = x > tops                                                      # NaN is not
+        tops, starts = tl.where(is_greater, x, tops), tl.where(is_greater, start, starts)
+    top, token = first_best(tops, tl.minimum(starts + tl.arange(0, BLOCK), V), V)
+    return clean(top), token
+
+
+@triton.jit
+def _greatest_of_units(tops, x, BLOCK: tl.constexpr):
+    greatest = tl.max(tl.reshape(x, (BLOCK // _UNIT, _UNIT)), 1)                   # NaN only where all are
+    return tl.where(greatest > tops, greatest, tops)
+
+
+@triton.jit
+def draw_of(row_ptr, tile, first, stop, temperature, seed, position, V: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
+    """The greatest logit of a chunk, whose first tile is given, its greatest score and the id of that; -inf, -inf and V where there is none.
+
+    A token's first word of noise, h, bounds its score. With noise -log(E), E = -log(1 - v) > v >= h / 2^32, log2(e) times the score is below
+    log2(e) x / temperature + 32 - log2(h). Read as an integer, h as a float is 2^23 (127 + log2(h)) or less, by up to 0.09. A place, a unit of each
+    tile, keeps the greatest bound of all its tokens; those of the places that may hold the winner, one or two as a rule, are scored at the end."""
+    PLACES: tl.constexpr = BLOCK // _UNIT
+    key, scale = key_at(seed, position), _LOG2E * 8388608.0 / tl.maximum(temperature, 1e-30)
+    tops = tl.full((PLACES,), -_INF, tl.float32)
+    most = tl.full((PLACES,), -3.4e38, tl.float32)                                 # not less: x / temperature may pass what a float holds
+    for at in tl.range(first, stop, BLOCK, num_stages=1):
+        start, x, tile = _start_of(at, V, BLOCK), tile.to(tl.float32), tile_ahead(row_ptr, at + BLOCK, stop, V, BLOCK)
+        h = word_of(start + tl.arange(0, BLOCK), key[0], key[1]).to(tl.float32).to(tl.int32, bitcast=True).to(tl.float32)
+        tops, most = _greatest_of_units(tops, x, BLOCK), _greatest_of_units(most, x * scale - h, BLOCK)
+    top = clean(tl.max(tops, 0))
+    most = most * 1.1920928955078125e-07                                           # to units of 1
+    most += tl.abs(most) * 3.814697265625e-06 + 159.001                            # covers the rounding: at most 2^-20 of the terms
+    score, token, least, turn = tl.full((), -_INF, tl.float64), tl.full((), V, tl.int32), tl.full((), -_INF, tl.float32), tl.full((), 0, tl.int32)
+    greatest, places, members = tl.where(top > -_INF, tl.max(most, 0), -_INF), tl.arange(0, PLACES), tl.arange(0, CHUNK // PLACES)
+    while (greatest > least) & (turn < _TURNS):
+        place = tl.min(tl.where(most == greatest, places, PLACES), 0)
+        ids = _start_of(first + members // _UNIT * BLOCK, V, BLOCK) + place * _UNIT + members % _UNIT
+        x = clean(tl.load(row_ptr + ids, ids < V, other=-_INF))
+        score, token = better(score, token, *first_best(scores(x, ids, x > -_INF, temperature, seed, position), ids, V))
+        most = tl.where(places == place, -_INF, most)
+        greatest, least, turn = tl.max(most, 0), (score * _LOG2E).to(tl.float32), turn + 1
+    RESCORED: tl.constexpr = min(BLOCK, _RESCORED)
+    for at in range(first, tl.where(greatest > least, stop, first), RESCORED):       # too many may win: all are scored
+        ids, x = tile_at(row_ptr, at, V, RESCORED)
+        score, token = better(score, token, *first_best(scores(x, ids, x > -_INF, temperature, seed, position), ids, V))
+    return top, score, token

@@ -43,6 +43,27 @@ def put_families(groups_ptr, group_tops, at, GROUPS: tl.constexpr, BLOCK: tl.con
 
 
 @triton.jit
+def put_groups(groups_ptr, row_ptr, first, temperature, needs_families, has_masses, V: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+               GROUPS: tl.constexpr):
+    """Leaves what a chunk's groups are asked for, and returns its greatest logit."""
+    tops = tl.full((BLOCK // _GROUP,), -_INF, tl.float32)
+    for at in tl.range(first, tl.minimum(first + CHUNK, V), BLOCK, num_stages=4):
+        ids, groups = at + tl.arange(0, BLOCK), at // _GROUP + tl.arange(0, BLOCK // _GROUP)
+        tile = tl.reshape(tl.load(row_ptr + ids, ids < V, other=-_INF).to(tl.float32), (BLOCK // _GROUP, _GROUP))
+        group_tops = clean(tl.max(tile, 1))                                        # a maximum passes over NaN
+        tops = tl.maximum(tops, group_tops)
+        tl.store(groups_ptr + groups, key_of(group_tops), groups < GROUPS)
+        if BLOCK >= _GROUP * _FAMILY:                                              # else there are too few
+            if needs_families:
+                put_families(groups_ptr, group_tops, at, GROUPS, BLOCK)
+        if has_masses:
+            z = scaled(clean(tile), tl.where(group_tops > -_INF, group_tops, 0.0)[:, None], temperature)
+            masses = tl.sum((tl.exp(z) * 16777216.0 + 0.5).to(tl.int32), 1)
+            tl.store(groups_ptr + GROUPS + groups, masses, groups < GROUPS)
+    return tl.max(tops, 0)
+
+
+@triton.jit
 def _bound(keys, weights, need, slack):
     """Two keys and a weight: that at or above the first, which reaches `need`, and if it can not much more than `slack` above; that from the
     second on does not. The weight of all where they cannot. A round halves the keys between twice; weights sum below 2^21."""

@@ -8,7 +8,7 @@ of |log p + entropy| (Meister et al. 2022, arXiv 2202.00666). 0, 1, 0 and 1 swit
 units of 2^-32 of the greatest (where top_p alone keeps few tokens, the others' by groups of 32, in units of 2^-24 of a group's greatest), so that no
 order of summation can move a prefix's end.
 The noise of a token depends on (seed, position, token id) only: a request draws the same tokens in any row, batch and graph.
-Graph-safe: four launches of fixed grids, a row shared by the programs of its chunks; rows that need less leave at once. A row with seq_lens 0 is
+Graph-safe: three launches of fixed grids, a row shared by the programs of its chunks; rows that need less leave at once. A row with seq_lens 0 is
 unused: token -1, status untouched. NaN logits count as -inf, +inf ones win. A row without a choice gets token -1 and status |= NO_TOKEN; options
 out of range are switched off, status |= BAD_OPTION. Other rows never change.
 Where more than CAPACITY tokens lie where a prefix may end (equal logits by the thousand, typical_p without another cut, top_p at temperatures that
@@ -25,7 +25,7 @@ import triton
 from . import _check
 from ._overlap import overlap
 from ._sampling import BAD_OPTION as BAD_OPTION
-from ._sampling import BINS, GROUP, STATE, draw_kernel, first_kernel, reach_kernel, select_kernel
+from ._sampling import BINS, GROUP, STATE, draw_kernel, first_kernel, reach_kernel
 from ._sampling import NO_TOKEN as NO_TOKEN
 from ._sampling_probs import probs_kernel
 from ._sampling_short import group_words
@@ -46,6 +46,11 @@ class Config:
     def chunks(self, V: int) -> int:
         return triton.cdiv(V, self.CHUNK)
 
+    @property
+    def stream(self) -> int:
+        """Tokens that a program takes at a time where it only looks for the greatest."""
+        return min(self.CHUNK, 2 * self.BLOCK)
+
 
 def config(R: int, V: int) -> Config:
     """A row has as many programs as give the device 2 a multiprocessor, and short ones where rows are few. At most 8 elements a thread, of which the
@@ -62,7 +67,7 @@ class Workspace:
 
     scores: torch.Tensor      # float64 [R, chunks, 2]
     partials: torch.Tensor    # int64 [R, chunks, 3]
-    counts: torch.Tensor      # int32 [R, BINS + 3], zeros between launches
+    counts: torch.Tensor      # int32 [R, BINS + 4], zeros between launches
     state: torch.Tensor       # int32 [R, STATE]
     list_x: torch.Tensor      # float32 [R, CAPACITY + RANKED]
     list_ids: torch.Tensor    # int32 [R, CAPACITY + RANKED]
@@ -77,7 +82,7 @@ class Workspace:
     def fields(V: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Shape of a row and dtype of each field: enough for any number of rows."""
         c = config(1, V)
-        return dict(scores=((c.chunks(V), 2), torch.float64), partials=((c.chunks(V), 3), torch.int64), counts=((BINS + 3,), torch.int32),
+        return dict(scores=((c.chunks(V), 2), torch.float64), partials=((c.chunks(V), 3), torch.int64), counts=((BINS + 4,), torch.int32),
                     state=((STATE,), torch.int32), list_x=((c.CAPACITY + RANKED,), torch.float32),
                     list_ids=((c.CAPACITY + RANKED,), torch.int32),
                     groups=((group_words(triton.cdiv(V, GROUP)),), torch.int32))
@@ -133,13 +138,14 @@ def sample_out(logits: torch.Tensor, temperature: torch.Tensor, top_k: torch.Ten
     passes, merged, lists = cut | dict(CHUNK=c.CHUNK), dict(BLOCK_C=triton.next_power_of_2(chunks)), dict(CAPACITY=c.CAPACITY)
     room = dict(ROOM=c.CAPACITY + RANKED)
     first_kernel[(chunks * R,)](logits, *options, seed, position, seq_lens, keeps, status, out, w.scores, w.partials, w.counts, w.state, w.groups,
-                                stride, GROUPS=groups, BLOCK_G=triton.next_power_of_2(groups), **passes, **merged, **lists, **_check.registers(128))
+                                stride, STREAM=c.stream, GROUPS=groups, BLOCK_G=triton.next_power_of_2(groups), **passes, **merged, **lists,
+                                **_check.registers(128))
     reach_kernel[(chunks * R,)](logits, *options, w.partials, w.counts, w.state, w.groups, w.list_x, w.list_ids, stride, GROUPS=groups, **passes,
                                 **merged, **lists, **room, **_check.registers(128))
-    draw_kernel[(chunks * R,)](logits, *options, seed, position, w.scores, w.partials, w.counts, w.state, w.list_x, w.list_ids, stride, **passes,
-                               **room, **_check.registers(128))
-    select_kernel[(R,)](logits, *options, seed, position, out, w.scores, w.partials, w.counts, w.state, w.list_x, w.list_ids, stride,
-                        RANKED=RANKED, **cut, **merged, **lists, **room, **_check.registers(255))
+    # At most 4 elements a thread where rows end: 128 registers hold them, and two programs have room on a multiprocessor
+    draw_kernel[(chunks * R,)](logits, *options, seed, position, out, w.scores, w.partials, w.counts, w.state, w.list_x, w.list_ids, stride,
+                               BLOCK_S=min(c.BLOCK, 1024), RANKED=RANKED, **passes | dict(num_warps=8), **merged, **lists, **room,
+                               **_check.registers(128))
     if probs is not None:
         for is_second in (False, True):
             probs_kernel[(chunks * R,)](logits, *options, seq_lens, out, w.partials, w.state, probs, stride, probs.stride(0),
