@@ -405,7 +405,7 @@ def test_a_hundred_thousand_turns_leave_memory_as_it_was(long_step):
 
 @pytest.mark.gpu
 def test_a_launch_waits_once_for_its_tokens(long_step):
-    """And once for the last upload to leave the pinned block; it compiles and allocates nothing."""
+    """And for nothing else; it compiles and allocates nothing."""
     loop = model_loop(long_step)
     loop.run(long_step.stage(long_rows(), LONG))
     long_step.read_ring(PLACES, PLACES)
@@ -413,7 +413,7 @@ def test_a_launch_waits_once_for_its_tokens(long_step):
         for _ in range(5):
             loop.run(long_step.stage(long_rows(), LONG))
             long_step.read_ring(PLACES, PLACES)
-    assert waits == {"event": 10}
+    assert waits == {"event": 5}
 
 
 @pytest.mark.gpu
