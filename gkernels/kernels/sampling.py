@@ -142,10 +142,10 @@ def sample_out(logits: torch.Tensor, temperature: torch.Tensor, top_k: torch.Ten
                                 **_check.registers(128))
     reach_kernel[(chunks * R,)](logits, *options, w.partials, w.counts, w.state, w.groups, w.list_x, w.list_ids, stride, GROUPS=groups, **passes,
                                 **merged, **lists, **room, **_check.registers(128))
-    # At most 4 elements a thread where rows end: 128 registers hold them, and two programs have room on a multiprocessor
+    # At most 4 elements a thread where rows end: 128 registers hold them (sm_120 spilled 36 bytes), and two programs have room
     draw_kernel[(chunks * R,)](logits, *options, seed, position, out, w.scores, w.partials, w.counts, w.state, w.list_x, w.list_ids, stride,
                                BLOCK_S=min(c.BLOCK, 1024), RANKED=RANKED, **passes | dict(num_warps=8), **merged, **lists, **room,
-                               **_check.registers(128))
+                               **_check.registers(168 if _check.capability() == 120 else 128))
     if probs is not None:
         for is_second in (False, True):
             probs_kernel[(chunks * R,)](logits, *options, seq_lens, out, w.partials, w.state, probs, stride, probs.stride(0),
