@@ -34,7 +34,10 @@ class Field:
 
 
 class StaticBuffers:
-    """`buffers["name"]` is the device tensor, whose address never changes. `stage(name, values)` writes the host side."""
+    """`buffers["name"]` is the device tensor, whose address never changes. `stage(name, values)` writes the host side.
+
+    On CUDA its uploads are captured as it is made: meanwhile no other thread may use the device. `upload` is for the host's turn between launches: a
+    step that is captured must not call it, or the graph would hold whichever pinned block had its turn."""
 
     ALIGNMENT = 256   # bytes: as cudaMalloc aligns, so that every view keeps its loads vectors
     BLOCKS = 8        # pinned ones, so many steps may be under way

@@ -2,7 +2,8 @@
 
 A token's first word of noise bounds its score from above, at a third of what the score costs. Each place of a tile keeps the token of its greatest
 bound, and the greatest bound of its others: no tile waits for another thread. At the end the tokens of the greatest bounds are scored one by one,
-until none is left that may win; rarely two of one place may, or too many, and the tiles are read again.
+until none is left that may win; rarely two of one place may, or too many, and the tiles are read again. Where every token of a chunk competes
+(`draw_of`), a place keeps no token, but the greatest bound of all of its own, which are scored together.
 """
 
 import triton
@@ -12,7 +13,7 @@ from ._noise import key_at, word_of
 from ._sampling_tokens import better, clean, first_best, scores, tile_at
 
 _INF = tl.constexpr(float("inf"))
-_TURNS = tl.constexpr(12)                             # tokens scored one by one, about 1 us each; 3 are usual
+_TURNS = tl.constexpr(12)                             # tokens or places scored one by one, about 1 us each; 3 are usual
 _LOG2E = tl.constexpr(1.4426950408889634)
 _UNIT = tl.constexpr(4)                               # tokens that a thread loads at once, whose greatest no other thread is asked for
 _RESCORED = tl.constexpr(1024)                        # tokens of a tile where all are scored
