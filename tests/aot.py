@@ -45,16 +45,17 @@ def with_capacity(launch, n):
 def report(launch):
     """What becomes of the kernel: registers, spilled bytes, shared memory, local memory and the width of its loads and stores."""
     compiled = launch.compile()
-    early = {"early": early_accesses(compiled.asm["ptx"])} if launch.options.get("launch_pdl") else {}
+    streams = launch.kernel.__name__.endswith("_streamed_kernel")                  # whose boxes are a weight's, which no node writes
+    early = {"early": early_accesses(compiled.asm["ptx"], streams)} if launch.options.get("launch_pdl") else {}
     return {"shared": compiled.metadata.shared} | early | (hip_report if launch.target.backend == "hip" else cuda_report)(compiled.asm)
 
 
-def early_accesses(ptx):
+def early_accesses(ptx, copies_weights=False):
     """What a kernel that may start before the node ahead ends does too early: accesses of memory before griddepcontrol.wait, and a wait that
     does not stand in the entry block, so that a path may miss it. A prefetch brings nothing into the program; nor does a load past the L1 of which
-    nothing is used after the wait."""
+    nothing is used after the wait. copies_weights: whether boxes that the hardware copies are none that a node writes."""
     if "setmaxnreg" in ptx:
-        return early_in_partitions(ptx)
+        return early_in_partitions(re.sub(r"cp\.async\.bulk\.tensor[^;]*;", "nop;", ptx) if copies_weights else ptx)
     entry, wait, rest = ptx.partition("griddepcontrol.wait")
     branches = re.findall(r"^\s*(?:@!?%p\d+ )?(?:bra|ret|exit)\b.*|^\$L__BB\w+:", entry.partition("{")[2], re.MULTILINE)
     accesses = re.findall(r"\b(?:ld|st|atom|red|cp\.async|cp\.reduce)\.[\w.:]*global[\w.:]*", entry)

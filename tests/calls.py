@@ -212,6 +212,16 @@ def linear_quantized(device, dtype):
         places = tensor(T, dtype=torch.int32), tensor(33, 128, dtype=torch.float32), torch.arange(T, device=device)
         given = scaled(T, 2048, dtype, device), quantised(kind, 512, 2048, device), 1e-5, *places, *tensor(2, 4, 16, 1, 128), tensor(T, 2, 128)
         yield f"{kind} qkv T{T}", split, (qkv.norm_qkv, workspace, *given, None, norm[:128], norm[:128], n)
+    if _check.capability() // 10 == 9 and dtype != torch.float32:                  # what a program of several kinds of warps streams
+        for kind, T in (("fp8 row", 1), ("fp8 block", 16), ("int4 128", 1), ("int4 128", 16), ("int4 256", 2)):
+            norm, left = tensor(4096), scaled(T, 4096, dtype, device)
+            yield f"streamed {kind} residual T{T}", split, (partial(linear.linear_residual, norm=norm, scaled=left), workspace, tensor(T, 2048),
+                                                            quantised(kind, 4096, 2048, device), tensor(T, 4096), tensor(4096), n)
+            yield f"streamed {kind} gate_up T{T}", gate_up.norm_gate_up_out, (scaled(T, 512, dtype, device), quantised(kind, 8448, 512, device), 1e-5,
+                                                                              tensor(T, 4224), None, n)
+            places = tensor(T, dtype=torch.int32), tensor(33, 128, dtype=torch.float32), torch.arange(T, device=device)
+            given = scaled(T, 2048, dtype, device), quantised(kind, 3072, 2048, device), 1e-5, *places, *tensor(2, 4, 16, 2, 128), tensor(T, 20, 128)
+            yield f"streamed {kind} qkv T{T}", split, (qkv.norm_qkv, workspace, *given, None, None, None, n)
 
 
 def split(function, workspace, *arguments):

@@ -13,7 +13,7 @@ from gkernels.kernels import linear as room
 from gkernels.kernels import qkv, rmsnorm
 from gkernels.kernels._product import check_workspace
 from gkernels.kernels._quantized import Kind, Quantized
-from gkernels.kernels._tile import SHARED_BYTES, parts
+from gkernels.kernels._tile import SHARED_BYTES, STREAMED_ROWS, parts
 from tests import weights
 from tests.close import assert_close, assert_no_worse, assert_same
 from tests.strategies import counter, dtypes, poisons, randn, scaled, seeds, strided
@@ -322,13 +322,18 @@ def test_config_fixes_the_k_order_and_fits_the_chip(monkeypatch, dtype, is_split
     for N, K in ((1, 1), (8, 8), (2048, 2048), (2048, 8192), (3072, 2048), (16384, 2048), (28672, 4096), (4096, 14336), (128256, 4096)):
         fitting = kind if K % (kind.group or 1) == 0 else Kind("int4", K)
         configs = [room.config(T, N, K, dtype, is_split, fitting) for T in takes]
-        assert len({(c.BLOCK_N, c.BLOCK_K, c.SPLITS) for c in configs}) == 1
+        assert len({(c.BLOCK_K, c.SPLITS) for c in configs}) == 1
+        streamed = [c for c in configs if c.IS_STREAMED]
+        assert all(c.BLOCK_N == STREAMED_ROWS and 2 * c.num_stages * (c.BLOCK_M * c.BLOCK_K * dtype.itemsize + fitting.bytes(
+            c.BLOCK_N, c.BLOCK_K, dtype)) <= SHARED_BYTES[90] + (8 << 10) for c in streamed)
+        configs = [c for c in configs if not c.IS_STREAMED]
+        assert len({c.BLOCK_N for c in configs}) == 1
         assert all(c.num_stages >= 2 and c.SPLITS * c.STEPS * c.BLOCK_K >= K > (c.SPLITS * c.STEPS - c.STEPS) * c.BLOCK_K for c in configs)
         free = int(fitting.name != "plain" and dtype != torch.float32)         # a stage that mma.sync does not hold in shared memory, as wgmma does
         stages = [(c.BLOCK_M * c.BLOCK_K * dtype.itemsize + fitting.bytes(c.BLOCK_N, c.BLOCK_K, dtype)) * (c.num_stages - free) for c in configs]
         assert max(stages) <= SHARED_BYTES[90]
         assert kind.name != "fp8 block" or 128 % configs[0].BLOCK_K == 0, "a row of a tile has two scales"
-        assert room.config(1, N, K, dtype, is_split, fitting, True).TILES == parts(N, dtype, is_split), "Scaled.empty makes room for others"
+        assert {room.config(T, N, K, dtype, is_split, fitting, True).parts for T in takes} == {parts(N, dtype, is_split)}, "of Scaled.empty"
         assert len({(c.TILES, c.ROWS) for c in configs}) == 1 and configs[0].TILES * configs[0].ROWS >= N > (configs[0].TILES - 1) * configs[0].ROWS
         assert is_split or configs[0].SPLITS == 1
     assert not is_split or room.config(1, 2048, 8192, dtype, True, kind).SPLITS > 1

@@ -8,6 +8,7 @@ import triton
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
 
+HAS_GLUON = triton.__version__.startswith("3.6.")   # an experiment of Triton's, that other versions may change: they do without those kernels
 INTERPRETED = triton.knobs.runtime.interpret       # as it was when the kernels were decorated; a later change does not reach them
 
 

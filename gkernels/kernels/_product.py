@@ -38,7 +38,7 @@ class Workspace:
     @classmethod
     def allocate(cls, device: torch.device | str) -> Workspace:
         return cls(torch.empty(MULTIPROCESSORS * 256 * MOST_TOKENS, dtype=torch.float32, device=device),
-                   torch.zeros(MULTIPROCESSORS * 4, dtype=torch.int32, device=device))
+                   torch.zeros(MULTIPROCESSORS * 8, dtype=torch.int32, device=device))
 
 
 class Scaled(NamedTuple):
@@ -193,33 +193,54 @@ def load_squares(squares_ptr, rows_x, mask_live, PARTS: tl.constexpr):
 
 
 @triton.jit
-def _partial(partials_ptr, tile, split, C: tl.constexpr):
-    return partials_ptr + (tile * C.SPLITS + split) * (C.BLOCK_N * C.BLOCK_M)
+def _partial(partials_ptr, tile, split, n, m, C: tl.constexpr):
+    return partials_ptr + (tile * C.SPLITS + split) * (C.BLOCK_N * C.BLOCK_M) + n[:, None] * C.BLOCK_M + m[None, :]
 
 
 @triton.jit
-def leave(acc, partials_ptr, counters_ptr, tile, split, C: tl.constexpr):
-    """Leaves a split's sums where the tile's last program finds them; true for that one."""
-    offs_n, offs_m = tl.arange(0, C.BLOCK_N), tl.arange(0, C.BLOCK_M)
-    tl.store(_partial(partials_ptr, tile, split, C) + offs_n[:, None] * C.BLOCK_M + offs_m[None, :], acc)
+def leave(acc, partials_ptr, counters_ptr, tile, split, n, m, C: tl.constexpr):
+    """Leaves a split's sums where the tile's last program finds them; true for that one. n [BLOCK_N], m [BLOCK_M]: places in the tile."""
+    tl.store(_partial(partials_ptr, tile, split, n, m, C), acc)
     return arrive(counters_ptr + tile, C.SPLITS)
 
 
 @triton.jit
-def collect(acc, partials_ptr, tile, C: tl.constexpr):
+def collect(partials_ptr, tile, n, m, C: tl.constexpr):
     """The sums over all splits, in their order."""
     SPLITS: tl.constexpr = C.SPLITS
-    offs_n, offs_m = tl.arange(0, C.BLOCK_N), tl.arange(0, C.BLOCK_M)
-    acc = tl.zeros_like(acc)
-    for split in tl.static_range(SPLITS):                   # unrolled: all loads are under way before the first is waited for
-        acc += tl.load(_partial(partials_ptr, tile, split, C) + offs_n[:, None] * C.BLOCK_M + offs_m[None, :], cache_modifier=".cg")
+    if SPLITS <= 4 or C.IS_STREAMED:                        # unrolled: all loads are under way before the first is waited for
+        acc = 0.0 + tl.load(_partial(partials_ptr, tile, 0, n, m, C), cache_modifier=".cg")
+        for split in tl.static_range(1, SPLITS):
+            acc += tl.load(_partial(partials_ptr, tile, split, n, m, C), cache_modifier=".cg")
+    else:                                                   # 8 beside 32 rows of two warps would spill
+        acc = tl.zeros((n.shape[0], m.shape[0]), tl.float32)
+        for first in range(0, SPLITS, 4):
+            for split in tl.static_range(4):
+                acc += tl.load(_partial(partials_ptr, tile, first + split, n, m, C), cache_modifier=".cg")
     return acc
 
 
 @triton.jit
-def normed(acc, squares, bias_ptr, rows, eps, C: tl.constexpr):
+def write_rows(acc, norm, out, scaled, mask_out, mask_live):
+    """Writes finished rows [BLOCK_N, BLOCK_M] and, where a norm follows, rows * norm, zeros where they are not live. Returns them as rounded."""
+    rounded = acc.to(out.dtype.element_ty)
+    tl.store(out, rounded, mask_out)
+    rounded = rounded.to(tl.float32)
+    if norm is not None:
+        tl.store(scaled, tl.where(mask_live[None, :], rounded * norm.to(tl.float32)[:, None], 0.0).to(out.dtype.element_ty), mask_out)
+    return rounded
+
+
+@triton.jit
+def inverse_rms(squares, eps, C: tl.constexpr):
+    """Each row's 1 / rms [BLOCK_M] from the parts of its squares."""
+    return tl.rsqrt(column_sums(squares) / C.K + eps)
+
+
+@triton.jit
+def normed(acc, scale, bias_ptr, rows, C: tl.constexpr):
     """The sums, scaled by each row's 1 / rms, plus the bias; fused by name, so that no layout decides whether the compiler does it."""
-    scale = tl.broadcast_to(tl.rsqrt(column_sums(squares) / C.K + eps)[None, :], acc.shape)
+    scale = tl.broadcast_to(scale[None, :], acc.shape)
     if bias_ptr is not None:
         bias = tl.load(bias_ptr + rows, rows < C.N, other=0.0).to(tl.float32)
         return tl.fma(acc, scale, tl.broadcast_to(bias[:, None], acc.shape))

@@ -83,11 +83,18 @@ def check_scale(op: str, scale: torch.Tensor, N: int, K: int, device: torch.devi
 
 
 @triton.jit
-def fp8_dot(acc, weight, x, scale_ptr, rows, k, C: tl.constexpr):
-    """acc and the products of weight [BLOCK_N, BLOCK_K] at column k; a row's scale is yet to come."""
-    weight = weight.to(tl.float16)                                     # exact, half an instruction an element; straight to bf16 F2F, 16 a clock
+def fp8_tile(weight, x):
+    """A weight's tile in the dtype of x, exactly."""
+    weight = weight.to(tl.float16)                                     # half an instruction an element; straight to bf16 F2F, 16 a clock
     if x.dtype != tl.float16:
         weight = weight.to(tl.float32).to(x.dtype)
+    return weight
+
+
+@triton.jit
+def fp8_dot(acc, weight, x, scale_ptr, rows, k, C: tl.constexpr):
+    """acc and the products of weight [BLOCK_N, BLOCK_K] at column k; a row's scale is yet to come."""
+    weight = fp8_tile(weight, x)
     if C.KIND == "fp8 block":
         part = tl.dot(weight, x.T, input_precision="ieee")
         scales = scale_ptr + rows // 128 * tl.cdiv(C.K, 128) + k // 128      # a vector, so that they are fetched ahead like the tiles
@@ -110,7 +117,7 @@ def _pair_of_nibbles(i, is_bf16):
 
 
 @triton.jit
-def _int4_tile(words, zero, x, i: tl.constexpr, C: tl.constexpr):
+def int4_tile(words, zero, x, i: tl.constexpr, C: tl.constexpr):
     """q - zero [BLOCK_N, WORDS] of the i-th nibbles, in the dtype of x, exactly; zero [BLOCK_N] int32. A nibble in the low bits of 2^7, 2^10 or 2^23
     is that plus q, from which the same plus zero is taken: no conversion from integers, which runs at a quarter of the rate."""
     if C.PACKED:              # two neighbours at a time: 1.5 instructions an element, where the other way takes 3.5
@@ -152,7 +159,7 @@ def int4_sums(acc, x_tile, weight_ptr, scale_ptr, rows, mask_live, split, C: tl.
                     x = tl.load(x_tile + k, mask_live[:, None], other=0.0)
                 else:
                     x = tl.load(x_tile + k, mask_live[:, None] & (k < C.K), other=0.0)
-                part = tl.dot(_int4_tile(words, constant & 31, x, i, C), x.T, part, input_precision="ieee")
+                part = tl.dot(int4_tile(words, constant & 31, x, i, C), x.T, part, input_precision="ieee")
             scale = (constant & -32).to(tl.float32, bitcast=True)
             acc = tl.fma(part, tl.broadcast_to(scale[:, None], part.shape), acc)
     return acc

@@ -32,7 +32,7 @@ from ._attention import _attention_kernel
 from ._overlap import overlaps
 from .schedule import RECORD, RUN_SPANS, Tiling, schedule
 
-if HAS_GLUON := triton.__version__.startswith("3.6."):     # an experiment of Triton's, that other versions may change: they have one launch
+if HAS_GLUON := _check.HAS_GLUON:                    # else all is one launch
     from triton.experimental.gluon.language import NVMMASharedLayout
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 

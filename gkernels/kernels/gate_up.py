@@ -17,6 +17,9 @@ from ._product import Scaled
 from ._quantized import PLAIN, Kind, Quantized, check_weight
 from ._tile import Tile
 
+if _check.HAS_GLUON:
+    from ._nodes_hopper import _norm_gate_up_streamed_kernel, weight_box
+
 
 @triton.jit(do_not_specialize=["T"], do_not_specialize_on_alignment=["num_tokens_ptr"])
 def _norm_gate_up_kernel(
@@ -51,13 +54,15 @@ def _norm_gate_up_kernel(
             mask_x = offs_m < live
     squares = _product.load_squares(squares_ptr, offs_m, mask_x, PARTS)
     acc = _product.sums(x_ptr, weight_ptr, scale_ptr, rows, offs_m, mask_x, stride_xt, split, (T >> 31).to(tl.float32), C)
-    gate, up = _product.halves(_product.normed(acc, squares, bias_ptr, rows, eps, C), C)
+    gate, up = _product.halves(_product.normed(acc, _product.inverse_rms(squares, eps, C), bias_ptr, rows, C), C)
     out_tile = tl.where((offs_m < live)[None, :], gate / (1.0 + tl.exp(-gate)) * up, 0.0)
     tl.store(out, out_tile.to(out_ptr.dtype.element_ty), mask_out)
 
 
-def config(T: int, F: int, K: int, dtype: torch.dtype, kind: Kind = PLAIN) -> Tile:
+def config(T: int, F: int, K: int, dtype: torch.dtype, kind: Kind = PLAIN, stride: int = 8) -> Tile:
     """Tiles of as many rows of gate as of up; F = 8192 makes 256 programs, so K is never split."""
+    if (c := _tile.streamed(T, 2 * F, K, dtype, False, kind, stride)) is not None and F % (c.BLOCK_N // 2) == 0:
+        return c
     half = 128 if _check.INTERPRETED else 32 if dtype != torch.float32 and F >= 32 * _tile.MULTIPROCESSORS else 16
     return _tile.tile(T, 2 * F, K, dtype, False, (2 * half, triton.cdiv(F, half)), kind)
 
@@ -77,7 +82,11 @@ def norm_gate_up_out(scaled: Scaled, weight: torch.Tensor | Quantized, eps: floa
     _check.counter(op, "num_tokens", num_tokens, x.device)
     if T == 0:
         return
-    c = config(T, N // 2, K, x.dtype, kind)
+    c = config(T, N // 2, K, x.dtype, kind, x.stride(0))
+    if c.IS_STREAMED:
+        _norm_gate_up_streamed_kernel[c.grid(T)](weight_box(weight), x, scaled.squares, scale, bias, out, num_tokens, T, x.stride(0), out.stride(0),
+                                                 eps, F=N // 2, PARTS=parts, C=c, **c.options())
+        return
     _norm_gate_up_kernel[c.grid(T)](x, scaled.squares, weight, scale, bias, out, num_tokens, T, x.stride(0), out.stride(0), eps, F=N // 2,
                                     PARTS=parts, C=c, **c.options())
 

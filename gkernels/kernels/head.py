@@ -83,7 +83,7 @@ def _head_kernel(
         mask_live = (rows_x >= 0) & (rows_x < X)
     squares = _product.load_squares(squares_ptr, rows_x, mask_live, PARTS)
     acc = _product.sums(x_ptr, weight_ptr, scale_ptr, offs_n.to(tl.int64), rows_x, mask_live, stride_xt, split, (T >> 31).to(tl.float32), C)
-    acc = tl.where(mask_live[None, :], _product.normed(acc, squares, bias_ptr, offs_n, eps, C), 0.0)
+    acc = tl.where(mask_live[None, :], _product.normed(acc, _product.inverse_rms(squares, eps, C), bias_ptr, offs_n, C), 0.0)
     if index_ptr is not None:
         acc = tl.where((rows_x >= X)[None, :], float("nan"), acc)
     in_vocabulary, drops = (offs_n < C.N)[:, None], mask_row

@@ -22,6 +22,9 @@ from ._product import Scaled, Workspace
 from ._quantized import PLAIN, Kind, Quantized, check_weight
 from ._tile import MOST_TOKENS, Tile
 
+if _check.HAS_GLUON:
+    from ._nodes_hopper import _linear_streamed_kernel, weight_box
+
 __all__ = ["MOST_TOKENS", "Quantized", "Scaled", "Workspace", "linear", "linear_out", "linear_residual", "norm_linear", "norm_linear_out"]
 
 
@@ -78,11 +81,12 @@ def _linear_kernel(
     else:
         acc = _product.sums(x_ptr, weight_ptr, scale_ptr, rows, rows_x, mask_x, stride_xt, split, zero, C)
         if C.SPLITS > 1:
-            if not _product.leave(acc, partials_ptr, counters_ptr, tile, split, C):
+            n, m = tl.arange(0, C.BLOCK_N), tl.arange(0, C.BLOCK_M)
+            if not _product.leave(acc, partials_ptr, counters_ptr, tile, split, n, m, C):
                 return
-            acc = _product.collect(acc, partials_ptr, tile, C)
+            acc = _product.collect(partials_ptr, tile, n, m, C)
     if squares_ptr is not None:
-        acc = _product.normed(acc, squares, bias_ptr, rows, eps, C)
+        acc = _product.normed(acc, _product.inverse_rms(squares, eps, C), bias_ptr, rows, C)
     elif bias_ptr is not None:
         acc += tl.load(bias_ptr + offs_n, mask_n, other=0.0).to(tl.float32)[:, None]
     if IS_RESIDUAL:
@@ -91,12 +95,11 @@ def _linear_kernel(
     acc = tl.where(mask_live[None, :], acc, 0.0)
     if index_ptr is not None:
         acc = tl.where(((rows_x >= X) & (offs_m < live))[None, :], float("nan"), acc)
-    rounded = acc.to(out_ptr.dtype.element_ty)
-    tl.store(out, rounded, mask_out)
     if norm_ptr is not None:
-        rounded = rounded.to(tl.float32)
-        tl.store(scaled, tl.where(mask_live[None, :], rounded * norm.to(tl.float32)[:, None], 0.0).to(out_ptr.dtype.element_ty), mask_out)
+        rounded = _product.write_rows(acc, norm, out, scaled, mask_out, mask_live)
         tl.store(scaled_squares_ptr + offs_m.to(tl.int64) * C.TILES + pid_n, _product.column_sums(rounded * rounded), mask_live)
+    else:
+        _product.write_rows(acc, None, out, None, mask_out, mask_live)
 
 
 @triton.jit(do_not_specialize_on_alignment=["num_tokens_ptr"])
@@ -114,9 +117,12 @@ def _zero_pads_kernel(
             tl.store(out_ptr + token.to(tl.int64) * stride_ot + offs_n, tl.full((BLOCK_N,), 0, out_ptr.dtype.element_ty), offs_n < N)
 
 
-def config(T: int, N: int, K: int, dtype: torch.dtype, splits: bool = False, kind: Kind = PLAIN, leaves_squares: bool = False) -> Tile:
-    """BLOCK_N, BLOCK_K and SPLITS ignore T, which is what keeps rows bitwise the same. leaves_squares: a sum a tile, of which every kind of weight
-    has as many."""
+def config(T: int, N: int, K: int, dtype: torch.dtype, splits: bool = False, kind: Kind = PLAIN, leaves_squares: bool = False,
+           stride: int = 8, gathers: bool = False) -> Tile:
+    """BLOCK_K and SPLITS ignore T, which is what keeps rows bitwise the same. leaves_squares: of which every kind of weight has as many."""
+    c = None if gathers else _tile.streamed(T, N, K, dtype, splits, kind, stride)
+    if c is not None and (not leaves_squares or c.parts == _tile.parts(N, dtype, splits)):
+        return c
     return _tile.tile(T, N, K, dtype, splits, kind=kind, shares=not leaves_squares)
 
 
@@ -151,17 +157,20 @@ def _launch(op, x, checked, out, bias, num_tokens, workspace, squares=None, part
     if T > MOST_TOKENS and kind == PLAIN and not invariant:
         _torch_linear(x, weight, bias, out, num_tokens)
         return
-    c = config(T, N, K, x.dtype, workspace is not None, kind, norm is not None)
+    c = config(T, N, K, x.dtype, workspace is not None, kind, norm is not None, x.stride(0), index is not None)
     if norm is not None:
         _check.tensor(op, "norm", norm, (N,), (x.dtype,), x.device)
         left = _product.check_scaled(op, "scaled", scaled, T, N, (x.dtype,), x.device, writes=True)
-        _check.require(left == c.TILES, op, "scaled.squares", f"{left} parts", f"{c.TILES}; Scaled.empty makes that many")
+        _check.require(left == c.parts, op, "scaled.squares", f"{left} parts", f"{c.parts}; Scaled.empty makes that many")
     if T == 0:
         return
-    _linear_kernel[c.grid(T)](
-        x, squares, index, weight, scale, bias, out, norm, *(scaled or (None, None)), *_product.check_workspace(op, workspace, c, T, x.device),
-        num_tokens, T, X, x.stride(0), out.stride(0), scaled.x.stride(0) if scaled else 0, eps,
-        IS_RESIDUAL=is_residual, PARTS=parts, C=c, **c.options())
+    tensors = bias, out, norm, *(scaled or (None, None)), *_product.check_workspace(op, workspace, c, T, x.device), num_tokens
+    numbers = x.stride(0), out.stride(0), scaled.x.stride(0) if scaled else 0, eps
+    constants = dict(IS_RESIDUAL=is_residual, PARTS=parts, C=c) | c.options()
+    if c.IS_STREAMED:
+        _linear_streamed_kernel[c.grid(T)](weight_box(weight), x, squares, scale, *tensors, T, *numbers, **constants)
+    else:
+        _linear_kernel[c.grid(T)](x, squares, index, weight, scale, *tensors, T, X, *numbers, **constants)
 
 
 def linear_out(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, bias: torch.Tensor | None = None,

@@ -18,20 +18,16 @@ import triton
 import triton.language as tl
 
 from . import _check, _product, _tile
+from ._heads import store_pairs, write_head
 from ._product import Scaled, Workspace
 from ._quantized import PLAIN, Kind, Quantized, check_weight
 from ._tile import Tile
-from .kv_cache import locate_slot
+
+if _check.HAS_GLUON:
+    from ._nodes_hopper import _norm_qkv_streamed_kernel, weight_box
 
 MAX_D = 128               # wider heads spill
 MOST_ROWS = 64            # of a tile, unless norms need a whole head
-
-
-@triton.jit
-def _store_pairs(tile, first, second, offs_first, offs_second, mask_first, mask_second):
-    """first and second [HALF, BLOCK_M] at tile [1, BLOCK_M] + offs [HALF, 1]."""
-    tl.store(tile + offs_first, first.to(tile.dtype.element_ty), mask_first)
-    tl.store(tile + offs_second, second.to(tile.dtype.element_ty), mask_second)
 
 
 @triton.jit(do_not_specialize=["T", "max_len", "num_pages"],
@@ -86,7 +82,7 @@ def _norm_qkv_kernel(
         if not C.ONE:
             if pid_m * C.BLOCK_M >= live:
                 writes, zeros = is_token & (head < H) & (split == 0), tl.zeros((HALF, BLOCK_M), tl.float32)
-                _store_pairs(q_out, zeros, zeros, offs_first, offs_second, is_first & writes, is_second & writes)
+                store_pairs(q_out, zeros, zeros, offs_first, offs_second, is_first & writes, is_second & writes)
                 return
             mask_x = offs_m < live
     squares = _product.load_squares(squares_ptr, offs_m, mask_x, PARTS)
@@ -104,11 +100,12 @@ def _norm_qkv_kernel(
     else:
         acc = _product.sums(x_ptr, weight_ptr, scale_ptr, rows, offs_m, mask_x, stride_xt, split, zero, C)
         if C.SPLITS > 1:
-            if not _product.leave(acc, partials_ptr, counters_ptr, tile, split, C):
+            n, m = tl.arange(0, C.BLOCK_N), tl.arange(0, C.BLOCK_M)
+            if not _product.leave(acc, partials_ptr, counters_ptr, tile, split, n, m, C):
                 return
-            acc = _product.collect(acc, partials_ptr, tile, C)
+            acc = _product.collect(partials_ptr, tile, n, m, C)
     mask_live = offs_m < live
-    first, second = _product.halves(_product.normed(acc, squares, bias_ptr, rows, eps, C), C)      # [HALF, BLOCK_M]
+    first, second = _product.halves(_product.normed(acc, _product.inverse_rms(squares, eps, C), bias_ptr, rows, C), C)      # [HALF, BLOCK_M]
     if q_norm_ptr is not None or k_norm_ptr is not None:
         scale = tl.rsqrt(_product.column_sums(tl.fma(first, first, second * second)) / D + eps)[None, :]
         if q_norm_ptr is not None:
@@ -119,31 +116,18 @@ def _norm_qkv_kernel(
             if (head >= H) & (head < H + KV):
                 first *= scale * tl.load(k_norm_ptr + offs_first, is_first, other=0.0).to(tl.float32)
                 second *= scale * tl.load(k_norm_ptr + offs_second, is_second, other=0.0).to(tl.float32)
-    if head < H + KV:
-        if not IS_EARLY:
-            cos, sin = tl.load(angles, is_turned, other=1.0), tl.load(angles + ROTARY, is_turned, other=0.0)
-        # explicit fma, here and above: the bits do not depend on which of the two products a compiler would fuse
-        turned, nan = tl.fma(first, cos, -(second * sin)), float("nan")
-        second = tl.where(is_known, tl.where(is_rotary, tl.fma(second, cos, first * sin), second), nan)
-        first = tl.where(is_known, tl.where(is_rotary, turned, first), nan)
-    if head < H:
-        first, second = tl.where(mask_live[None, :], first, 0.0), tl.where(mask_live[None, :], second, 0.0)
-        _store_pairs(q_out, first, second, offs_first, offs_second, is_first & is_token, is_second & is_token)
-    else:
-        slot = tl.where(mask_live[None, :], slot, -1)
-        if head < H + KV:
-            offset, is_slot = locate_slot(slot, num_pages, stride_kcn, stride_kcp, PAGE_SIZE)
-            k_tile = k_cache_ptr + offset + (head - H).to(tl.int64) * stride_kch
-            _store_pairs(k_tile, first, second, offs_first, offs_second, is_first & is_slot, is_second & is_slot)
-        else:
-            offset, is_slot = locate_slot(slot, num_pages, stride_vcn, stride_vcp, PAGE_SIZE)
-            v_tile = v_cache_ptr + offset + (head - H - KV).to(tl.int64) * stride_vch
-            _store_pairs(v_tile, first, second, offs_first, offs_second, is_first & is_slot, is_second & is_slot)
+    if not IS_EARLY:
+        cos, sin = tl.load(angles, is_turned, other=1.0), tl.load(angles + ROTARY, is_turned, other=0.0)
+    write_head(first, second, cos, sin, is_known, is_rotary, offs_first, offs_second, is_first, is_second, is_token, mask_live, slot, head, num_pages,
+               q_out, k_cache_ptr, v_cache_ptr, stride_kcn, stride_kcp, stride_kch, stride_vcn, stride_vcp, stride_vch, H, KV, PAGE_SIZE)
 
 
 def config(T: int, heads: int, D: int, rotary_dim: int, K: int, dtype: torch.dtype, splits: bool, kind: Kind = PLAIN,
-           has_norms: bool = False) -> Tile:
+           has_norms: bool = False, stride: int = 8) -> Tile:
     """A tile is a head, its pairs padded to a power of two, or where no norm needs all of a head, MOST_ROWS of its rows."""
+    c = _tile.streamed(T, heads * D, K, dtype, splits, kind, stride)
+    if c is not None and D == rotary_dim == c.BLOCK_N and not has_norms:
+        return c
     pairs = rotary_dim // 2 + (D - rotary_dim + 1) // 2
     rows = max(2 * triton.next_power_of_2(pairs), 16)
     cuts = 1 if has_norms else max(rows // MOST_ROWS, 1)
@@ -178,9 +162,16 @@ def norm_qkv(scaled: Scaled, weight: torch.Tensor | Quantized, eps: float, posit
     _check.counter(op, "num_tokens", num_tokens, device)
     if T == 0:
         return
-    c = config(T, H + 2 * KV, D, rotary_dim, K, x.dtype, workspace is not None, kind, q_norm is not None or k_norm is not None)
+    c = config(T, H + 2 * KV, D, rotary_dim, K, x.dtype, workspace is not None, kind, q_norm is not None or k_norm is not None,
+               x.stride(0))
+    scratch = _product.check_workspace(op, workspace, c, T, device)
+    strides = x.stride(0), *k_cache.stride()[:3], *v_cache.stride()[:3], *q_out.stride()[:2]
+    if c.IS_STREAMED:
+        _norm_qkv_streamed_kernel[c.grid(T)](
+            weight_box(weight), x, scaled.squares, scale, bias, positions, cos_sin, slot_mapping, k_cache, v_cache, q_out, *scratch, num_tokens, T, L,
+            N, eps, *strides, H=H, KV=KV, PAGE_SIZE=P, PARTS=parts, C=c, **c.options())
+        return
     _norm_qkv_kernel[c.grid(T)](
         x, scaled.squares, weight, scale, bias, q_norm, k_norm, positions, cos_sin, slot_mapping, k_cache, v_cache, q_out,
-        *_product.check_workspace(op, workspace, c, T, device), num_tokens, T, L, N, eps,
-        x.stride(0), *k_cache.stride()[:3], *v_cache.stride()[:3], *q_out.stride()[:2],
+        *scratch, num_tokens, T, L, N, eps, *strides,
         H=H, KV=KV, D=D, ROTARY=rotary_dim // 2, PAGE_SIZE=P, PARTS=parts, C=c, **c.options())
