@@ -38,7 +38,7 @@ class Workspace:
     @classmethod
     def allocate(cls, device: torch.device | str) -> Workspace:
         return cls(torch.empty(MULTIPROCESSORS * 256 * MOST_TOKENS, dtype=torch.float32, device=device),
-                   torch.zeros(MULTIPROCESSORS * 8, dtype=torch.int32, device=device))
+                   torch.zeros(MULTIPROCESSORS * 4, dtype=torch.int32, device=device))
 
 
 class Scaled(NamedTuple):
@@ -208,15 +208,9 @@ def leave(acc, partials_ptr, counters_ptr, tile, split, n, m, C: tl.constexpr):
 def collect(partials_ptr, tile, n, m, C: tl.constexpr):
     """The sums over all splits, in their order."""
     SPLITS: tl.constexpr = C.SPLITS
-    if SPLITS <= 4 or C.IS_STREAMED:                        # unrolled: all loads are under way before the first is waited for
-        acc = 0.0 + tl.load(_partial(partials_ptr, tile, 0, n, m, C), cache_modifier=".cg")
-        for split in tl.static_range(1, SPLITS):
-            acc += tl.load(_partial(partials_ptr, tile, split, n, m, C), cache_modifier=".cg")
-    else:                                                   # 8 beside 32 rows of two warps would spill
-        acc = tl.zeros((n.shape[0], m.shape[0]), tl.float32)
-        for first in range(0, SPLITS, 4):
-            for split in tl.static_range(4):
-                acc += tl.load(_partial(partials_ptr, tile, first + split, n, m, C), cache_modifier=".cg")
+    acc = 0.0 + tl.load(_partial(partials_ptr, tile, 0, n, m, C), cache_modifier=".cg")
+    for split in tl.static_range(1, SPLITS):                # unrolled: all loads are under way before the first is waited for
+        acc += tl.load(_partial(partials_ptr, tile, split, n, m, C), cache_modifier=".cg")
     return acc
 
 

@@ -24,11 +24,9 @@ MOST_STAGES = 6           # of a program that has a multiprocessor to itself: 8 
 MOST_CONVERTED_STAGES = 12    # of one that converts weights, whose tiles are a half or a quarter as large
 MOST_STREAMED_TOKENS = 16     # of a program of _product_hopper: with 32 it takes more registers than two programs a multiprocessor have
 STREAMED_ROWS = 128           # of its weight's tile
-STREAMED_BYTES = 112 << 10    # of shared memory, so that two share a multiprocessor
-MOST_STREAMED_STAGES = 5      # 4 are level, 10, which leave room for one program, 6 to 20 % slower
+STREAMED_BYTES = 112 << 10    # of shared memory that it may have where two share a multiprocessor
 LEAST_ROWS = 16           # of a tile of 64 whose rows are shared out: 1280 x 8192 takes 128 programs of 40 rows and 7.6 us instead of 80 and 9.3
 MOST_SPLITS = 4           # of one K: 8 gain 4 % at one token where N = 2048 and K = 8192, and lose 15 % at 64, where the last program has more to add
-MOST_STREAMED_SPLITS = 8  # of weights that _product_hopper streams: with 4, which fill half of its places, a layer of 8B in int4 takes 56 us, not 48
 AHEAD_BYTES = 512         # of each weight row that a program asks for before it waits: 0 cost a layer of 8B 6.3 us more, 256 0.6, 1024 1.6
 
 
@@ -68,7 +66,8 @@ class Tile(NamedTuple):
 
     def options(self) -> dict[str, int]:
         if self.IS_STREAMED:
-            return dict(num_warps=self.num_warps, launch_pdl=True, maxnreg=128)             # of all warps together: two programs a multiprocessor
+            two = {"maxnreg": 128} if self.TILES * self.SPLITS > MULTIPROCESSORS else {}
+            return dict(num_warps=self.num_warps, launch_pdl=True) | two
         overlap = {"launch_pdl": True} if self.LINES else {}
         # 255 registers, or sm_80 spills at 72; but on Hopper, which does not, the node of q, k and v would take 218 instead of 79. There converted
         # weights spill, at 48 in tiles of 16 rows, at 168 beside 32 tokens
@@ -93,7 +92,7 @@ def tile(T: int, N: int, K: int, dtype: torch.dtype, splits: bool, group: tuple[
         BLOCK_K = 256 if kind.name == "int4" else BLOCK_K
     else:
         BLOCK_N, TILES = group or _rows(N, dtype, splits)
-        BLOCK_M, BLOCK_K, SPLITS, num_warps, num_stages = _block(T, N, K, dtype, splits, BLOCK_N, TILES, kind)
+        BLOCK_M, BLOCK_K, SPLITS, num_warps, num_stages = _block(T, K, dtype, splits, BLOCK_N, TILES, kind)
     STEPS, arch = triton.cdiv(triton.cdiv(K, BLOCK_K), SPLITS), _check.capability()
     ROWS = BLOCK_N
     # Where K is whole it gains nothing: 6144 x 4096 takes 16 us with 96 programs and 17 with 128
@@ -115,14 +114,14 @@ def streamed(T: int, N: int, K: int, dtype: torch.dtype, splits: bool, kind: Kin
     if not (_check.HAS_GLUON and _check.capability() // 10 == 9 and kind != PLAIN and dtype != torch.float32 and 1 <= T <= MOST_STREAMED_TOKENS):
         return None
     BLOCK_K = _int4.BLOCK if kind.name == "int4" else 128
-    SPLITS = _splits(N, K, BLOCK_K, 0, splits, kind, True)
-    TILES = N // STREAMED_ROWS
+    SPLITS, TILES = _splits(K, BLOCK_K, triton.cdiv(N, 64), splits, kind), N // STREAMED_ROWS
     if N % STREAMED_ROWS or K % (BLOCK_K * SPLITS) or (kind.name == "int4" and kind.group < 128) or TILES * SPLITS < MULTIPROCESSORS // 2 or \
             stride % 8:
         return None
     BLOCK_M, lines = max(triton.next_power_of_2(T), 8), AHEAD_BYTES // 128
     stage = BLOCK_M * BLOCK_K * dtype.itemsize + kind.bytes(STREAMED_ROWS, BLOCK_K, dtype)
-    STEPS, stages = K // (BLOCK_K * SPLITS), min(STREAMED_BYTES // stage, MOST_STREAMED_STAGES)
+    # Two programs a multiprocessor where there are more than those; else one, and no room for one more, which would pile up (see _converting)
+    STEPS, stages = K // (BLOCK_K * SPLITS), STREAMED_BYTES // stage + (TILES * SPLITS <= MULTIPROCESSORS)
     return Tile(N, K, TILES, BLOCK_M, STREAMED_ROWS, STREAMED_ROWS, BLOCK_K, SPLITS, False, True, STEPS, True, True, lines, kind.name, kind.group,
                 kind.row(K), True, 4, stages, True)
 
@@ -139,26 +138,23 @@ def _rows(N, dtype, splits):
     return rows, triton.cdiv(N, rows)
 
 
-def _splits(N, K, BLOCK_K, TILES, splits, kind, hopper):
+def _splits(K, BLOCK_K, TILES, splits, kind):
     """Parts of K. A plain weight's program has a multiprocessor of its own; of those that convert weights, two share one: one computes while the
-    other waits. On Hopper that is so of tiles of STREAMED_ROWS, and of other tiles the parts are the same, since they decide bits."""
-    most, most_splits = MULTIPROCESSORS if kind == PLAIN else 2 * MULTIPROCESSORS, MOST_SPLITS
-    if hopper and kind != PLAIN:
-        TILES, most_splits = triton.cdiv(N, STREAMED_ROWS), MOST_STREAMED_SPLITS
-    SPLITS = 1
-    while splits and SPLITS < most_splits and TILES * SPLITS * 2 <= most and K >= BLOCK_K * SPLITS * 4:
+    other waits."""
+    SPLITS, most = 1, MULTIPROCESSORS if kind == PLAIN else 2 * MULTIPROCESSORS
+    while splits and SPLITS < MOST_SPLITS and TILES * SPLITS * 2 <= most and K >= BLOCK_K * SPLITS * 4:
         SPLITS *= 2
     return SPLITS
 
 
-def _block(T, N, K, dtype, splits, BLOCK_N, TILES, kind):
+def _block(T, K, dtype, splits, BLOCK_N, TILES, kind):
     """(BLOCK_M, BLOCK_K, SPLITS, num_warps, num_stages)"""
     half, arch = dtype != torch.float32, _check.capability()
     hopper = half and arch // 10 == 9
     # Tiles of 128 x 128 spill but on Hopper, which reads them from shared memory
     BLOCK_K = next((b for b in (128, 64) if K % b == 0 and half and (b * BLOCK_N <= 8192 or hopper)), 32 if half or BLOCK_N < 128 else 16)
     BLOCK_K = _int4.BLOCK if kind.name == "int4" else BLOCK_K
-    SPLITS = _splits(N, K, BLOCK_K, TILES, splits, kind, hopper)
+    SPLITS = _splits(K, BLOCK_K, TILES, splits, kind)
     if hopper and kind != PLAIN:
         return _converting(T, dtype, splits, BLOCK_N, BLOCK_K, TILES, SPLITS, kind)
     if T > MOST_TOKENS:
