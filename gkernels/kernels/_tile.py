@@ -115,14 +115,14 @@ def streamed(T: int, N: int, K: int, dtype: torch.dtype, splits: bool, kind: Kin
         return None
     BLOCK_K = _int4.BLOCK if kind.name == "int4" else 128
     SPLITS, TILES = _splits(K, BLOCK_K, triton.cdiv(N, 64), splits, kind), N // STREAMED_ROWS
-    if N % STREAMED_ROWS or K % (BLOCK_K * SPLITS) or (kind.name == "int4" and kind.group < 128) or TILES * SPLITS < MULTIPROCESSORS // 2 or \
-            stride % 8:
+    is_wide = 3 * TILES * SPLITS >= 2 * MULTIPROCESSORS          # else smaller tiles, of which there are twice as many, leave fewer of them idle
+    if N % STREAMED_ROWS or K % (BLOCK_K * SPLITS) or (kind.name == "int4" and kind.group < 128) or stride % 8 or not is_wide:
         return None
-    BLOCK_M, lines = max(triton.next_power_of_2(T), 8), AHEAD_BYTES // 128
+    BLOCK_M = max(triton.next_power_of_2(T), 8)
     stage = BLOCK_M * BLOCK_K * dtype.itemsize + kind.bytes(STREAMED_ROWS, BLOCK_K, dtype)
     # Two programs a multiprocessor where there are more than those; else one, and no room for one more, which would pile up (see _converting)
     STEPS, stages = K // (BLOCK_K * SPLITS), STREAMED_BYTES // stage + (TILES * SPLITS <= MULTIPROCESSORS)
-    return Tile(N, K, TILES, BLOCK_M, STREAMED_ROWS, STREAMED_ROWS, BLOCK_K, SPLITS, False, True, STEPS, True, True, lines, kind.name, kind.group,
+    return Tile(N, K, TILES, BLOCK_M, STREAMED_ROWS, STREAMED_ROWS, BLOCK_K, SPLITS, False, True, STEPS, True, True, 0, kind.name, kind.group,
                 kind.row(K), True, 4, stages, True)
 
 
