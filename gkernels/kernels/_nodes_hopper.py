@@ -34,12 +34,23 @@ def _whole_columns(rows, columns):
 
 
 @gluon.jit
+def _squares(squares_ptr, T, first: gl.constexpr, step: gl.constexpr, count: gl.constexpr, ROWS: gl.constexpr, PARTS: gl.constexpr, C: gl.constexpr):
+    """The parts of the rows' squares, `count` tiles [ROWS, BLOCK_M] of them, every step-th from `first` on, added up as `column_sums` would."""
+    if count > 1:
+        return (_squares(squares_ptr, T, first, 2 * step, count // 2, ROWS, PARTS, C)
+                + _squares(squares_ptr, T, first + step, 2 * step, count // 2, ROWS, PARTS, C))
+    else:
+        LAYOUT: gl.constexpr = _whole_columns(ROWS, C.BLOCK_M)
+        p, m = first * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, LAYOUT)), gl.arange(0, C.BLOCK_M, gl.SliceLayout(0, LAYOUT))
+        return tl.load(squares_ptr + m[None, :] * PARTS + p[:, None], (p < PARTS)[:, None] & (m < T)[None, :], other=0.0)
+
+
+@gluon.jit
 def _inverse_rms(squares_ptr, T, eps, PARTS: gl.constexpr, C: gl.constexpr):
     """Each row's 1 / rms [BLOCK_M]; the order of addition is that of `column_sums`."""
-    ROWS: gl.constexpr = 1 << (PARTS - 1).bit_length()
-    LAYOUT: gl.constexpr = _whole_columns(ROWS, C.BLOCK_M)
-    p, m = gl.arange(0, ROWS, gl.SliceLayout(1, LAYOUT)), gl.arange(0, C.BLOCK_M, gl.SliceLayout(0, LAYOUT))
-    squares = tl.load(squares_ptr + m[None, :] * PARTS + p[:, None], (p < PARTS)[:, None] & (m < T)[None, :], other=0.0)
+    ALL: gl.constexpr = 1 << (PARTS - 1).bit_length()
+    ROWS: gl.constexpr = ALL if ALL < 32 else 32                                   # that a thread holds at a time: a row has a part for 64 columns
+    squares = _squares(squares_ptr, T, 0, 1, ALL // ROWS, ROWS, PARTS, C)
     return gl.convert_layout(inverse_rms(squares, eps, C), gl.SliceLayout(0, sums_layout()))
 
 
@@ -60,6 +71,17 @@ def _live(num_tokens_ptr, T):
 
 
 @gluon.jit
+def _over_splits(acc, partials_ptr, counters_ptr, tile, split, n, m, C: gl.constexpr):
+    """Whether this program ends the tile, and its sums over all splits then."""
+    is_last = True
+    if C.SPLITS > 1:
+        is_last = leave(acc, partials_ptr, counters_ptr, tile, split, n, m, C)
+        if is_last:
+            acc = collect(partials_ptr, tile, n, m, C)
+    return is_last, acc
+
+
+@gluon.jit
 def _multiply_linear(tile, split, first_row, second_row, buffers, barriers, squares_ptr, scale_ptr, bias_ptr, out_ptr, norm_ptr, scaled_ptr,
                      scaled_squares_ptr, partials_ptr, counters_ptr, num_tokens_ptr, T, stride_ot, stride_st, eps, IS_RESIDUAL: gl.constexpr,
                      PARTS: gl.constexpr, C: gl.constexpr):
@@ -67,7 +89,7 @@ def _multiply_linear(tile, split, first_row, second_row, buffers, barriers, squa
     cuda.gdc_launch_dependents()
     n, m, rows = _places(first_row, second_row, C)
     live, mask_out = _live(num_tokens_ptr, T), (n >= 0)[:, None] & (m < T)[None, :]
-    out = out_ptr + m[None, :] * stride_ot.to(gl.int64) + rows[:, None]
+    out = out_ptr + m.to(gl.int64)[None, :] * stride_ot + rows[:, None]
     if squares_ptr is not None:
         inverse = _inverse_rms(squares_ptr, T, eps, PARTS, C)
     if norm_ptr is not None:
@@ -75,12 +97,8 @@ def _multiply_linear(tile, split, first_row, second_row, buffers, barriers, squa
     acc = streamed_sums(scale_ptr, rows, buffers, barriers, C)
     if IS_RESIDUAL:                         # before it is known who ends the tile, which takes as long; before the sums, beside 16 rows, it spills
         residual = tl.load(out, mask_out, other=0.0).to(gl.float32)
-    is_last = True
-    if C.SPLITS > 1:
-        is_last = leave(acc, partials_ptr, counters_ptr, tile, split, n, m, C)
+    is_last, acc = _over_splits(acc, partials_ptr, counters_ptr, tile, split, n, m, C)
     if is_last:
-        if C.SPLITS > 1:
-            acc = collect(partials_ptr, tile, n, m, C)
         if squares_ptr is not None:
             acc = normed(acc, inverse, bias_ptr, rows, C)
         elif bias_ptr is not None:
@@ -90,7 +108,7 @@ def _multiply_linear(tile, split, first_row, second_row, buffers, barriers, squa
         mask_live = m < live
         acc = tl.where(mask_live[None, :], acc, 0.0)
         if norm_ptr is not None:
-            rounded = write_rows(acc, norm, out, scaled_ptr + m[None, :] * stride_st.to(gl.int64) + rows[:, None], mask_out, mask_live)
+            rounded = write_rows(acc, norm, out, scaled_ptr + m.to(gl.int64)[None, :] * stride_st + rows[:, None], mask_out, mask_live)
             squares = gl.convert_layout(rounded * rounded, _whole_columns(C.BLOCK_N, C.BLOCK_M))
             _write_squares(squares, scaled_squares_ptr, tile, live, C)
         else:
@@ -137,7 +155,7 @@ def _multiply_gate_up(tile, first_row, second_row, buffers, barriers, squares_pt
     gate, up = gl.convert_layout(gate, sums_layout(), assert_trivial=True), gl.convert_layout(up, sums_layout(), assert_trivial=True)
     out_tile = tl.where((m < live)[None, :], gate / (1.0 + tl.exp(-gate)) * up, 0.0)
     f = first_row + gl.arange(0, C.BLOCK_N // 2, gl.SliceLayout(1, sums_layout()))
-    tl.store(out_ptr + m[None, :] * stride_ot.to(gl.int64) + f[:, None], out_tile.to(out_ptr.dtype.element_ty), (f >= 0)[:, None] & (m < T)[None, :])
+    tl.store(out_ptr + m.to(gl.int64)[None, :] * stride_ot + f[:, None], out_tile.to(out_ptr.dtype.element_ty), (f >= 0)[:, None] & (m < T)[None, :])
 
 
 @gluon.jit(do_not_specialize=["T"], do_not_specialize_on_alignment=["num_tokens_ptr"])
@@ -175,15 +193,11 @@ def _multiply_qkv(head, split, first_row, second_row, buffers, barriers, squares
     angles, is_turned = cos_sin_ptr + tl.where(is_known, position, 0) * C.BLOCK_N + pair, is_pair & is_known & (head < H + KV)
     cos, sin = tl.load(angles, is_turned, other=1.0), tl.load(angles + HALF, is_turned, other=0.0)
     acc = streamed_sums(scale_ptr, rows, buffers, barriers, C)
-    is_last = True
-    if C.SPLITS > 1:
-        is_last = leave(acc, partials_ptr, counters_ptr, head, split, n, m, C)
+    is_last, acc = _over_splits(acc, partials_ptr, counters_ptr, head, split, n, m, C)
     if is_last:
-        if C.SPLITS > 1:
-            acc = collect(partials_ptr, head, n, m, C)
         first, second = halves(normed(acc, inverse, bias_ptr, rows, C), C)
         first, second = gl.convert_layout(first, sums_layout(), assert_trivial=True), gl.convert_layout(second, sums_layout(), assert_trivial=True)
-        q_out = q_out_ptr + m[None, :] * stride_qot.to(gl.int64) + head.to(gl.int64) * stride_qoh
+        q_out = q_out_ptr + m.to(gl.int64)[None, :] * stride_qot + head.to(gl.int64) * stride_qoh
         write_head(first, second, cos, sin, is_known, is_pair, pair, pair + HALF, is_pair, is_pair, (m < T)[None, :], m < live, slot, head, num_pages,
                    q_out, k_cache_ptr, v_cache_ptr, stride_kcn, stride_kcp, stride_kch, stride_vcn, stride_vcp, stride_vch, H, KV, PAGE_SIZE)
 

@@ -6,6 +6,7 @@
              G is 32, 64, 128, a multiple of 256, or K
 Weights become x's dtype in registers, without rounding, and are multiplied there; scales meet float32 sums: a row's once at a program's end, a
 block's after each 128 columns, a group's after each G, at most 256. x itself is never quantised.
+On Hopper a product may read weight, though not scale, before the node ahead of it has ended: that node must not write it.
 """
 
 from __future__ import annotations

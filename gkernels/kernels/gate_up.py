@@ -61,7 +61,7 @@ def _norm_gate_up_kernel(
 
 def config(T: int, F: int, K: int, dtype: torch.dtype, kind: Kind = PLAIN, stride: int = 8) -> Tile:
     """Tiles of as many rows of gate as of up; F = 8192 makes 256 programs, so K is never split."""
-    if (c := _tile.streamed(T, 2 * F, K, dtype, False, kind, stride)) is not None and F % (c.BLOCK_N // 2) == 0:
+    if (c := _tile.streamed(T, 2 * F, K, dtype, False, kind, stride)) is not None:
         return c
     half = 128 if _check.INTERPRETED else 32 if dtype != torch.float32 and F >= 32 * _tile.MULTIPROCESSORS else 16
     return _tile.tile(T, 2 * F, K, dtype, False, (2 * half, triton.cdiv(F, half)), kind)

@@ -5,6 +5,7 @@ x [T, K] with any row stride, bias [N] or None -> out [T, N] in x's dtype, or fl
   int4  weight int32 [N, ceil(K / 256) * 32], scales int32 [K / G, N], both from `pack_gptq` or `pack_awq`: W = (q - zero) * scale of the group.
         G is 32, 64, 128, a multiple of 256, or K
 The kernel is that of `linear`, for any T; how it meets weights and scales, see _quantized. fp8 needs a GPU that converts it, capability 8.9 or later.
+On Hopper it may read the weight before the node ahead of it has ended, which must not write it; a node before that one may.
 Graph-safe: the grid and the tiles depend on T, N and K only; rows at or past num_tokens[0] are written as zeros and change nothing.
 Batch-invariant for any T: one program sums over K in one order, fixed by (N, K, dtype, kind), so a row's bits are the same for any T, tile, place
 and neighbours.
