@@ -218,7 +218,7 @@ def linear_quantized(device, dtype):
             yield f"streamed {kind} residual T{T}", split, (partial(linear.linear_residual, norm=norm, scaled=left), workspace, tensor(T, 2048),
                                                             quantised(kind, 4096, 2048, device), tensor(T, 4096), tensor(4096), n)
             yield f"streamed {kind} gate_up T{T}", gate_up.norm_gate_up_out, (scaled(T, 5120, dtype, device), quantised(kind, 17408, 5120, device),
-                                                                              1e-5, tensor(8704, T).T if T == 1 else tensor(T, 8704), None, n)
+                                                                              1e-5, tensor(T, 8704), None, n)
             places = tensor(T, dtype=torch.int32), tensor(33, 128, dtype=torch.float32), torch.arange(T, device=device)
             given = scaled(T, 2048, dtype, device), quantised(kind, 3072, 2048, device), 1e-5, *places, *tensor(2, 4, 16, 2, 128), tensor(T, 20, 128)
             yield f"streamed {kind} qkv T{T}", split, (qkv.norm_qkv, workspace, *given, None, None, None, n)
