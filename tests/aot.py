@@ -66,16 +66,18 @@ def early_accesses(ptx, copies_weights=False):
 
 def early_in_partitions(ptx):
     """The same for a kernel of several kinds of warps, whose paths part at its first instruction: accesses of memory that some path reaches without a
-    wait, and ends that one reaches with neither a wait nor a barrier, where warps meet those that wait."""
+    wait, hints that are used after one, and ends that a path reaches with neither a wait nor a barrier, where warps meet those that wait."""
     tables = dict(re.findall(r"(\$L_brx\w+): \.branchtargets\s+([^;]*);", ptx))
     lines = re.findall(r"^\s*(\$L__BB\w+:|(?:@!?%\w+\s+)?[a-z][\w.:]*\b[^;]*;)", ptx.partition("\n{")[2], re.MULTILINE)
     meet = lambda a, b: b if a is None else a if b is None else (a[0] and b[0], a[1] and b[1])
     states, before, found = {}, None, set()                # by label: whether every path there has waited, and whether it has met others or waited
     while states != before:
-        before, found, state = dict(states), set(), (False, False)
+        before, found, state, lines_by_wait = dict(states), set(), (False, False), ([], [])
         for line in lines:
             op = re.sub(r"^@!?%\w+\s+", "", line)
             goes_on = line.startswith("@")
+            if state is not None:
+                lines_by_wait[state[0]].append(line)
             if line.startswith("$"):
                 state = states[line[:-1]] = meet(states.get(line[:-1]), state)
             elif state is None:
@@ -84,7 +86,7 @@ def early_in_partitions(ptx):
                 state = (True, True)
             elif op.startswith("barrier.sync"):
                 state = (state[0], True)
-            elif re.match(r"(?:ld|st|atom|red|cp)\.[\w.:]*global", op) and not state[0]:
+            elif re.match(r"(?!ld\.global\.cg\.)(?:ld|st|atom|red|cp)\.[\w.:]*global", op) and not state[0]:
                 found.add(op.split()[0])
             elif re.match(r"(?:ret|exit)\b", op):
                 found.update(set() if state[1] else {op})
@@ -92,6 +94,8 @@ def early_in_partitions(ptx):
             elif targets := re.findall(r"\$L__BB\w+", tables[op.split()[-1].rstrip(";")] if op.startswith("brx.idx") else op):
                 states.update({label: meet(states.get(label), state) for label in targets})
                 state = state if goes_on else None
+    early, late = map("\n".join, lines_by_wait)
+    found.update(f"{register}, a hint that is used after," for register in hinted(early) & set(re.findall(r"%\w+", late)))
     return sorted(found) if "griddepcontrol.wait" in ptx else ["no griddepcontrol.wait"]
 
 

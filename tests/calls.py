@@ -67,10 +67,10 @@ def attend(query_start_loc, seq_lens, block_table, tiling, plan, workspace, q, k
 def attention(device, dtype):
     from gkernels.kernels import attention, schedule
 
-    def call(batch, G, D, has_lse, drawn=PLAIN, apart_from=attention.APART_FROM, between=0):
+    def call(batch, G, D, has_lse, drawn=PLAIN, apart_from=attention.APART_FROM, between=0, programs=4):
         H, K, DV = G * 2, 2, drawn.DV or D
         with patch.object(attention, "APART_FROM", apart_from):
-            tiling = attention.tiling(batch.T, batch.R, H, K, D, DV, dtype, device, drawn.causal, drawn.window, 4)
+            tiling = attention.tiling(batch.T, batch.R, H, K, D, DV, dtype, device, drawn.causal, drawn.window, programs)
         q, caches = torch.zeros(batch.T, H, D + between, dtype=dtype, device=device)[..., :D], batch.caches(K, D, dtype, device, 0.0, DV)
         if drawn.scales:
             caches = [cache.to(torch.float8_e4m3fn) for cache in caches]
@@ -85,6 +85,10 @@ def attention(device, dtype):
         return
     yield "G4 D128 mixed", *call(MIXED, 4, 128, has_lse=False)
     yield "G4 D128 decode", *call(DECODE, 4, 128, has_lse=True)
+    yield "G4 D128 decode by many", *call(DECODE, 4, 128, has_lse=True, programs=264)
+    yield "G4 D64 decode by many, features", *call(DECODE, 4, 64, True, replace(FEATURES, scales=0, softcap=0.0), programs=264)
+    for programs in (4, 264):
+        yield f"G4 D128 fp8 decode by {programs}", *call(DECODE, 4, 128, False, Features(scales=2), programs=programs)
     yield "G16 D256 mixed", *call(MIXED, 16, 256, has_lse=True)
     yield "G7 D80 decode", *call(DECODE, 7, 80, has_lse=False)
     yield "G4 D64 features", *call(MIXED, 4, 64, True, FEATURES)

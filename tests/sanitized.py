@@ -13,12 +13,13 @@ from tests.strategies import Batch, Features, randn
 
 
 def attention():
-    """Every path: tall tiles beside short requests and in a launch of their own, runs that share segments and spans, pads, unused requests, bad
-    lengths; then with options."""
+    """Every path: tall tiles beside short requests and in a launch of their own, short ones alone, runs that share segments and spans, pads, unused
+    requests, bad lengths; then with options."""
     from gkernels.kernels import attention
-    batch = Batch([70, 1, 5, 1], [10, 9000, 600, 0], 16, pads=3, spare_requests=1)
+    mixed, short = (Batch(rows, [10, 9000, 600, 0], 16, pads=3, spare_requests=spare) for rows, spare in (([70, 1, 5, 1], 1), ([1, 1, 2, 1], 5)))
     everything = Features(window=(9, -1), tree=True, softcap=1.5, sinks=True, alibi=2, scales=2)
-    for dtype, drawn, apart_from in ((torch.bfloat16, Features(), 0), (torch.bfloat16, Features(), 2048), (torch.float16, everything, 2048)):
+    for batch, dtype, drawn, apart_from in ((mixed, torch.bfloat16, Features(), 0), (mixed, torch.bfloat16, Features(), 2048),
+                                            (mixed, torch.float16, everything, 2048), (short, torch.bfloat16, Features(scales=1), 2048)):
         caches = batch.caches(2, 64, dtype, "cuda")
         caches = [cache.to(torch.float8_e4m3fn) for cache in caches] if drawn.scales else caches
         starts, lens, table = batch.metadata("cuda")
@@ -26,7 +27,8 @@ def attention():
         with patch.object(attention, "APART_FROM", apart_from):
             out, lse = attention.attention(randn(0, batch.T, 8, 64, dtype=dtype, device="cuda"), *caches, starts, lens, table,
                                            **drawn.options(batch, 8, 2, "cuda"))
-        assert out[:76].isfinite().all() and lse[:76].isfinite().all() and out[76].isnan().all() and not out[77:].any()
+        bad = batch.num_tokens - 1
+        assert out[:bad].isfinite().all() and lse[:bad].isfinite().all() and out[bad].isnan().all() and not out[bad + 1:].any()
 
 
 @triton.jit

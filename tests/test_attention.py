@@ -1,5 +1,6 @@
 """Paged attention against its twin, and the contract: what may not change a bit, and what must stay in its row, with every feature in use."""
 
+from functools import partial
 from random import Random
 from unittest.mock import patch
 
@@ -613,8 +614,8 @@ def test_control_a_wrapped_page_is_caught(device):
         check_last_page(lambda *arguments: room.attention(*arguments[:5], arguments[5] % 2**17), device)
 
 
-HAS_TALL_LAUNCH = room.HAS_GLUON and torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
-TALL = {    # heads, D, page size, dtype, features; as many rows and keys as cross tiles, segments of 512 and spans of 8192
+HAS_OWN_LAUNCHES = room.HAS_GLUON and torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
+CASES = {    # heads, D, page size, dtype, features; as many rows and keys as cross tiles, segments of 512 and spans of 8192
     "plain": ((8, 2), 128, 16, torch.bfloat16, PLAIN),
     "causal, all options": ((14, 2), 128, 64, torch.float16, Features(window=(300, -1), tree=True, softcap=9.0, sinks=True, alibi=2)),
     "not causal": ((2, 2), 64, 8, torch.bfloat16, Features(causal=False, window=(100, 70), sinks=True)),
@@ -622,16 +623,23 @@ TALL = {    # heads, D, page size, dtype, features; as many rows and keys as cro
     "narrower values": ((16, 1), 128, 128, torch.bfloat16, Features(tree=True, DV=64)),
     "pages that no box fits": ((4, 2), 128, 24, torch.bfloat16, PLAIN),
 }
+CONVERTED = {
+    "fp8": ((8, 2), 128, 16, torch.bfloat16, Features(scales=1)),
+    "fp8 of 64 columns, to float16": ((12, 4), 64, 8, torch.float16, Features(scales=2, window=(700, -1))),
+    "fp8, all options": ((6, 2), 128, 64, torch.bfloat16, Features(scales=2, tree=True, softcap=9.0, sinks=True, alibi=1, DV=64)),
+}
 TALL_BATCHES = [([100, 1, 333, 5, 64, 17], [0, 899, 1200, 72, 3000, 0], 264), ([200, 1, 40], [19800, 9000, 8152], 264), ([300, 70], [17000, 8100], 4)]
+SHORT_BATCHES = [([1] * 9, [0, 63, 899, 1, 5000, 511, 512, 2047, 300], 264), ([1, 3, 1], [40000, 9000, 8152], 264), ([1, 6], [40000, 8100], 4)]
 
 
-def check_tall_launch(attention, device, heads, D, page_size, dtype, drawn, batch, change=lambda arguments: arguments):
-    """The same bits as beside short requests, with junk in what no one may look at, in all of five launches and with other programs; `change` makes
-    other views of the same values."""
+def check_launches(attention, device, heads, D, page_size, dtype, drawn, batch, spare, change=lambda arguments: arguments):
+    """The same bits as from the launch that other GPUs have, with junk in what no one may look at, in all of five launches and with other programs;
+    `change` makes other views of the same values. With as many spare requests as rows none is tall."""
     query_lens, contexts, programs = batch
-    batch = Batch(query_lens, contexts, page_size, pads=7, spare_requests=1)
+    batch = Batch(query_lens, contexts, page_size, pads=7, spare_requests=spare)
     arguments, options = problem(batch, 3, dtype, device, heads, D, drawn, float("nan"))
-    want = room.attention(*arguments, **options, programs=264)
+    with patch.object(room, "_boxes", lambda cache: None):
+        want = room.attention(*arguments, **options, programs=264)
     arguments = change(arguments)
     with patch.object(room, "APART_FROM", 0):
         for count in (programs, programs, programs, programs, 37):
@@ -639,11 +647,21 @@ def check_tall_launch(attention, device, heads, D, page_size, dtype, drawn, batc
                 assert_same(got, same)
 
 
-@pytest.mark.skipif(not HAS_TALL_LAUNCH, reason="only on Hopper have tall requests a launch of their own")
+only_on_hopper = pytest.mark.skipif(not HAS_OWN_LAUNCHES, reason="only on Hopper do warps of two kinds attend")
+
+
+@only_on_hopper
 @pytest.mark.parametrize("batch", TALL_BATCHES, ids=["tiles", "a span an item", "several spans an item"])
-@pytest.mark.parametrize("case", TALL.values(), ids=TALL)
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_a_launch_of_their_own_changes_no_bit(device, case, batch):
-    check_tall_launch(room.attention, device, *case, batch)
+    check_launches(room.attention, device, *case, batch, spare=1)
+
+
+@only_on_hopper
+@pytest.mark.parametrize("batch", SHORT_BATCHES, ids=["a segment a run", "rows of several runs", "several rows a run"])
+@pytest.mark.parametrize("case", (CASES | CONVERTED).values(), ids=CASES | CONVERTED)
+def test_a_launch_of_short_requests_alone_changes_no_bit(device, case, batch):
+    check_launches(room.attention, device, *case, batch, spare=20)
 
 
 def spread(t, between):
@@ -666,46 +684,63 @@ VIEWS = {"heads first": lambda q, k, v: (q, *(t.transpose(1, 2).contiguous().tra
        for i, (name, dims) in enumerate(dict(q=2, k_cache=3, v_cache=3).items()) for dim in range(dims)}
 
 
-@pytest.mark.skipif(not HAS_TALL_LAUNCH, reason="only on Hopper have tall requests a launch of their own")
+@only_on_hopper
 @pytest.mark.parametrize("view", VIEWS.values(), ids=VIEWS)
-def test_a_launch_of_their_own_takes_any_strides(device, view):
-    check_tall_launch(room.attention, device, (4, 2), 64, 16, torch.float16, PLAIN, ([40, 1, 70], [30, 100, 0], 264),
-                      lambda arguments: (*view(*arguments[:3]), *arguments[3:]))
+@pytest.mark.parametrize("query_lens, spare", [([40, 1, 70], 1), ([1, 2, 1], 9)], ids=["tall", "short"])
+def test_own_launches_take_any_strides(device, view, query_lens, spare):
+    check_launches(room.attention, device, (4, 2), 64, 16, torch.float16, PLAIN, (query_lens, [30, 100, 0], 264), spare,
+                   lambda arguments: (*view(*arguments[:3]), *arguments[3:]))
 
 
-@pytest.mark.skipif(not HAS_TALL_LAUNCH, reason="only on Hopper have tall requests a launch of their own")
-def test_control_a_tall_launch_with_other_bits_is_caught(device):
+@only_on_hopper
+@pytest.mark.parametrize("batch, spare, left", [(TALL_BATCHES[0], 1, 1531), (SHORT_BATCHES[0], 20, 4999)], ids=["tall", "short"])
+def test_control_an_own_launch_with_other_bits_is_caught(device, batch, spare, left):
     def without_the_first_key(*arguments, **options):
-        return room.attention(*arguments, **options | {"window": (1531, -1)})
+        return room.attention(*arguments, **options | {"window": (left, -1)})
 
     with pytest.raises(AssertionError, match="elements differ"):
-        check_tall_launch(without_the_first_key, device, *TALL["plain"], TALL_BATCHES[0])
+        check_launches(without_the_first_key, device, *CASES["plain"], batch, spare)
 
 
-def cache_views(N=5, P=16, K=3, D=64):
+def cache_views(dtype, D, N=5, P=16, K=3):
     """Every layout in use: slots first, heads first, and each beside the other half of one tensor."""
-    both, pairs = torch.arange(N * 2 * P * K * D).view(N, 2, P, K, D), torch.arange(N * P * K * 2 * D).view(N, P, K, 2, D)
+    numbers = torch.randint(-128, 127, (N * 2 * P * K * D,), generator=torch.Generator().manual_seed(0)).to(dtype)
+    both, pairs = numbers.view(N, 2, P, K, D), numbers.view(N, P, K, 2, D)
     yield from (both[:, 0].contiguous(), both[:, 1], pairs[..., 1, :])
     yield from (view.transpose(1, 2) for view in (both.view(N, 2, K, P, D)[:, 1], both[:, 0].contiguous().view(N, K, P, D)))
 
 
-def test_boxes_hold_the_pages():
-    for cache in cache_views():
+@pytest.mark.parametrize("dtype, D", [(torch.int16, 64), (torch.int8, 64), (torch.int8, 128)])
+def test_boxes_hold_the_pages(dtype, D):
+    for cache in cache_views(dtype, D):
         boxes = room._boxes(cache)
         rows, (stride, one) = torch.as_strided(cache, boxes.shape, boxes.strides), boxes.strides
         a_page, a_head, columns = cache.stride(0) // stride, cache.stride(2) // stride, cache.stride(2) % stride      # as `_fetch` has them
         for n, head, slot in ((0, 0, 0), (4, 2, 15), (3, 1, 7)):
             first = n * a_page + head * a_head + slot
-            assert one == 1 and torch.equal(rows[first, head * columns:][:64], cache[n, slot, head])
-        assert boxes.block_shape == [16, 64]
+            assert one == 1 and torch.equal(rows[first, head * columns:][:D], cache[n, slot, head])
+        assert boxes.block_shape == [16, D]
 
 
-@pytest.mark.parametrize("cache", [torch.zeros(3, 24, 2, 64), torch.zeros(3, 4, 2, 64), torch.zeros(3, 16, 2, 68)[..., :64],
-                                   torch.zeros(1, 16, 2, 64).expand(3, -1, -1, -1), torch.zeros(9000).as_strided((3, 16, 2, 64), (2056, 128, 64, 1)),
-                                   torch.empty(3, 16, 2, 64, device="meta").as_strided((3, 16, 2, 64), (2**36, 2**32, 2**31, 1))],
-                         ids=["page of 24", "page of 4", "rows off 16 bytes", "one page thrice", "pages apart by part of a row", "far columns"])
+half = partial(torch.zeros, dtype=torch.float16)
+
+
+@pytest.mark.parametrize("cache", [half(3, 24, 2, 64), half(3, 4, 2, 64), half(3, 16, 2, 68)[..., :64],
+                                   half(1, 16, 2, 64).expand(3, -1, -1, -1), half(9000).as_strided((3, 16, 2, 64), (2056, 128, 64, 1)),
+                                   half(3, 16, 2, 64, device="meta").as_strided((3, 16, 2, 64), (2**36, 2**32, 2**31, 1)),
+                                   torch.zeros(3, 16, 2, 72, dtype=torch.int8)[..., :64]],
+                         ids=["page of 24", "page of 4", "rows off 16 bytes", "one page thrice", "pages apart by part of a row", "far columns",
+                              "bytes off 16"])
 def test_other_pages_have_no_boxes(cache):
     assert room._boxes(cache) is None
+
+
+@pytest.mark.parametrize("R, D, cache_dtype, programs", [(16, 128, None, 4), (17, 128, None, 8), (16, 64, None, 8), (16, 128, FP8, 8)],
+                         ids=["few", "many", "narrow heads", "fp8"])
+def test_few_decodes_get_a_multiprocessor_a_program(R, D, cache_dtype, programs):
+    with patch.object(room, "config", lambda *model: room.Config(512, 16, 64, 16, 128, 64, 3, 4, 2, STAGES=4)):
+        few, mixed = (room.tiling(T, R, 8, 2, D, D, torch.bfloat16, "cpu", cache_dtype=cache_dtype) for T in (R, R + 1))
+    assert few.programs == programs and mixed.programs == 8
 
 
 @pytest.mark.parametrize("change, error, words", [

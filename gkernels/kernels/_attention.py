@@ -14,24 +14,21 @@ from ._overlap import wait_for_node_before
 
 
 @triton.jit
-def _fill(fills_at, inputs, strides, C: tl.constexpr):
-    """Zeros, with lse -inf, for pads and unused requests; NaN for bad lengths. Programs share the rows."""
+def fill(num_fills, fills_at, offs_h, offs_d, inputs, strides, C: tl.constexpr):
+    """Zeros, with lse -inf, for pads and unused requests; NaN for bad lengths. Programs share the rows; offs_h [FILL_H], offs_d [BLOCK_DV].
+    num_fills is the work list's."""
     work_ptr, out_ptr, lse_ptr = inputs[4], inputs[7], inputs[8]
-    HEADS: tl.constexpr = C.FILL_H
-    BLOCK_DV: tl.constexpr = C.BLOCK_DV
-    offs_h, offs_d = tl.arange(0, HEADS), tl.arange(0, BLOCK_DV)
-    for i in range(0, tl.load(work_ptr + 2)):
+    for i in range(0, num_fills):
         record = work_ptr + (fills_at + i) * C.RECORD
         token, rows, is_bad = tl.load(record).to(tl.int64), tl.load(record + 1), tl.load(record + 2) != 0
-        value = tl.zeros((HEADS, BLOCK_DV), tl.float32) + tl.where(is_bad, float("nan"), 0.0)
+        value, no_lse = tl.where(is_bad, float("nan"), 0.0), tl.where(is_bad, float("nan"), float("-inf"))
         for row in range(tl.program_id(0), rows, tl.num_programs(0)):
-            for h in range(0, C.K * C.G, HEADS):
+            for h in range(0, C.K * C.G, C.FILL_H):
                 head = (h + offs_h).to(tl.int64)
                 out = out_ptr + (token + row) * strides[9] + head[:, None] * strides[10] + offs_d[None, :]
                 tl.store(out, value.to(out_ptr.dtype.element_ty), (head < C.K * C.G)[:, None] & (offs_d < C.DV)[None, :])
                 if C.HAS_LSE:
-                    lse = tl.zeros((HEADS,), tl.float32) + tl.where(is_bad, float("nan"), float("-inf"))
-                    tl.store(lse_ptr + (token + row) * strides[11] + head, lse, head < C.K * C.G)
+                    tl.store(lse_ptr + (token + row) * strides[11] + head, no_lse, head < C.K * C.G)
 
 
 @triton.jit(do_not_specialize=["T", "R", "W", "N", "left", "right", "fills_at", "short_at", "runs_at", "tall_at", "stride_br", "stride_ar",
@@ -64,7 +61,7 @@ def _attention_kernel(
     extents = (T, R, W, N, left, right)
     if C.AHEAD:
         if not C.HAS_TALL:                                                        # beside tall tiles it gains nothing, and 16 bytes more spill
-            ask_ahead(tl.program_id(0), runs_at, inputs, strides, extents, C)
+            ask_ahead(tl.program_id(0), runs_at, tl.arange(0, C.AHEAD), inputs, strides, extents, C)
     wait_for_node_before(C.AHEAD > 0)
     if C.HAS_TALL:
         PARTS: tl.constexpr = C.TALL_M // C.TALL_PART
@@ -86,4 +83,4 @@ def _attention_kernel(
             tl.store(counters_ptr + 1, 0)
     else:
         take_run(tl.program_id(0), short_at, runs_at, inputs, strides, extents, C)
-    _fill(fills_at, inputs, strides, C)
+    fill(tl.load(work_ptr + 2), fills_at, tl.arange(0, C.FILL_H), tl.arange(0, C.BLOCK_DV), inputs, strides, C)

@@ -18,20 +18,19 @@ def _hint(ptr):
 
 
 @triton.jit
-def _ask(cache_ptr, pages, slots, kv_head, mask, stride_n, stride_p, stride_h, D: tl.constexpr, BLOCK_D: tl.constexpr):
+def _ask(cache_ptr, pages, slots, kv_head, mask, stride_n, stride_p, stride_h, D: tl.constexpr):
     """Asks the L2 for the rows [KEYS] of one head at these pages and slots."""
     PER_LINE: tl.constexpr = 1024 // cache_ptr.dtype.element_ty.primitive_bitwidth
-    LINES: tl.constexpr = triton.cdiv(BLOCK_D, PER_LINE)
+    LINES: tl.constexpr = triton.cdiv(D, PER_LINE)
     rows = cache_ptr + pages.to(tl.int64) * stride_n + slots.to(tl.int64) * stride_p + kv_head.to(tl.int64) * stride_h
-    lines = rows[:, None] + tl.minimum(tl.arange(0, LINES) * PER_LINE, D - 1)[None, :]
-    mask = tl.broadcast_to(mask[:, None], lines.shape).to(tl.int32)
-    tl.inline_asm_elementwise("{ .reg .pred p; setp.ne.s32 p, $2, 0; @p prefetch.global.L2 [$1]; mov.u32 $0, 0; }", "=r,l,r",
-                              [lines.to(tl.int64), mask], dtype=tl.int32, is_pure=False, pack=1)
+    for line in tl.static_range(LINES):
+        tl.inline_asm_elementwise("{ .reg .pred p; setp.ne.s32 p, $2, 0; @p prefetch.global.L2 [$1]; mov.u32 $0, 0; }", "=r,l,r",
+                                  [(rows + min(line * PER_LINE, D - 1)).to(tl.int64), mask.to(tl.int32)], dtype=tl.int32, is_pure=False, pack=1)
 
 
 @triton.jit
-def ask_ahead(run, runs_at, inputs, strides, extents, C: tl.constexpr):
-    """Asks for the first AHEAD keys of a run, fewer where runs are many. The arguments are those of `_attention`."""
+def ask_ahead(run, runs_at, offs_n, inputs, strides, extents, C: tl.constexpr):
+    """Asks for the first AHEAD keys of a run, fewer where runs are many; offs_n [AHEAD]. The other arguments are those of `_attention`."""
     work_ptr, R, W, N = inputs[4], extents[1], extents[2], extents[3]
     KEY_BYTES: tl.constexpr = (C.D + C.DV) * inputs[1].dtype.element_ty.primitive_bitwidth // 8
     record = work_ptr + (runs_at + run) * C.RECORD
@@ -41,9 +40,9 @@ def ask_ahead(run, runs_at, inputs, strides, extents, C: tl.constexpr):
     kv_head = tl.minimum(tl.maximum(group // tl.cdiv(query_len, C.SHORT_M // C.GROUP), 0), C.K - 1)
     first_key = (first_segment + (begin - ordinal) % num_segments) * C.SEGMENT
     end = tl.minimum(first_key + AHEAD_BYTES // KEY_BYTES // num_runs, tl.minimum(kv_len, W * C.P))
-    key = first_key + tl.arange(0, C.AHEAD)
+    key = first_key + offs_n
     mask = (run < num_runs) & (key >= 0) & (key < end)
     table = inputs[3] + tl.minimum(tl.maximum(request, 0), R - 1).to(tl.int64) * strides[8]
     pages = pages_of(tl.load(table + key // C.P, mask, other=0, cache_modifier=".cg"), N)
-    _ask(inputs[1], pages, key % C.P, kv_head, mask, strides[2], strides[3], strides[4], C.D, C.BLOCK_D)
-    _ask(inputs[2], pages, key % C.P, kv_head, mask, strides[5], strides[6], strides[7], C.DV, C.BLOCK_DV)
+    _ask(inputs[1], pages, key % C.P, kv_head, mask, strides[2], strides[3], strides[4], C.D)
+    _ask(inputs[2], pages, key % C.P, kv_head, mask, strides[5], strides[6], strides[7], C.DV)

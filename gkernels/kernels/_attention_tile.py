@@ -77,12 +77,22 @@ def sight_of(row0, offs_m, query_len, kv_len, request, first_token, kv_head, inp
 
 
 @triton.jit
+def as_operand(q, C: tl.constexpr):
+    """q in the dtype that products with its cache take: beside fp8 it is float16, which holds fp8 exactly and costs a quarter of bfloat16's
+    instructions. What of a bfloat16 exceeds 65504 becomes that, what is below 2^-14 is rounded to a multiple of 2^-24."""
+    if C.HAS_SCALE and q.dtype == tl.bfloat16:
+        return tl.clamp(q.to(tl.float32), -65504.0, 65504.0, propagate_nan=tl.PropagateNan.ALL).to(tl.float16)
+    else:
+        return q
+
+
+@triton.jit
 def load_queries(row0, query_len, first_token, kv_head, q_ptr, strides, M: tl.constexpr, C: tl.constexpr):
-    """[M, BLOCK_D] of q, zeros in rows that are not live."""
+    """[M, BLOCK_D] of q, as an operand, zeros in rows that are not live."""
     offs_d = tl.arange(0, C.BLOCK_D)
     token, head, live = rows_of(row0, tl.arange(0, M), query_len, first_token, kv_head, C)
     q = q_ptr + token[:, None] * strides[0] + head[:, None] * strides[1] + offs_d[None, :]
-    return tl.load(q, live[:, None] & (offs_d < C.D)[None, :], other=0.0)
+    return as_operand(tl.load(q, live[:, None] & (offs_d < C.D)[None, :], other=0.0), C)
 
 
 @triton.jit
@@ -162,17 +172,25 @@ def _tanh(x):
 
 
 @triton.jit
-def _operand(x, dtype: tl.constexpr, C: tl.constexpr):
+def operand(x, dtype: tl.constexpr, C: tl.constexpr):
     """x as an operand of q's dtype, exactly. Not from fp8 at once: that is one element an instruction, at a sixteenth of the rate."""
     if C.HAS_SCALE:
-        x = x.to(tl.float16).to(tl.float32)
+        if C.PACKED:
+            # Four at a time, by name: a conversion that Triton knows it puts behind the change of layout, which then goes byte by byte, and products
+            # of 16 rows take columns in another order than those of 64, so that their bits would differ.
+            x = tl.inline_asm_elementwise("{ .reg .b16 a, b; mov.b32 {a, b}, $2; cvt.rn.f16x2.e4m3x2 $0, a; cvt.rn.f16x2.e4m3x2 $1, b; }", "=r,=r,r",
+                                          [x], dtype=tl.float16, is_pure=False, pack=4)
+        else:
+            x = x.to(tl.float16)
+        if dtype != tl.float16:
+            x = x.to(tl.float32)
     return x.to(dtype)
 
 
 @triton.jit
 def products(q, k, C: tl.constexpr):
     """q k^T [M, N]; q [M, D], k [N, D]."""
-    return tl.dot(q, _operand(k, q.dtype, C).T, input_precision=C.PRECISION)
+    return tl.dot(q, operand(k, q.dtype, C).T, input_precision=C.PRECISION)
 
 
 @triton.jit
@@ -204,7 +222,7 @@ def step(s, v, seen, masked: tl.constexpr, key, position, slope, scale, cap, m, 
     """The state after one more tile of keys: see `weigh`; v [N, DV], l [M, N / 4, 1], acc [M, DV]."""
     m, alpha, p = weigh(s, seen, masked, key, position, slope, scale, cap, m, C)
     l = tl.fma(l, alpha[:, None, None], quad_sums(p, M, C.BLOCK_N))
-    return m, l, tl.dot(p.to(dtype), _operand(v, dtype, C), acc * alpha[:, None], input_precision=C.PRECISION)
+    return m, l, tl.dot(p.to(dtype), operand(v, dtype, C), acc * alpha[:, None], input_precision=C.PRECISION)
 
 
 @triton.jit

@@ -10,9 +10,11 @@ is free, so a row's bits depend on its own request alone: not on the batch, the 
 Short requests (decode, verify) are runs of (head, segment) pairs streamed through one loop; where a run ends inside a span, the last program
 to arrive there folds the parts. Tall ones (prefill) are tiles of BLOCK_M rows over all their keys, or over one span where those tiles are few.
 Where a launch has both, some programs begin with runs while others take tall tiles: one streams memory while its neighbour computes.
-On Hopper, from capacities of APART_FROM tokens on, tall requests have a launch of their own before it (`_attention_hopper`): for D and DV of 64 or
-128, no fp8, strides of whole 16 bytes, and pages that the hardware copies, of 8, 16, 32 or multiples of 64 slots. Both launches are made whatever
-the batch holds.
+On Hopper there are kernels of two kinds of warps: for tall requests, which have a launch of their own from capacities of APART_FROM tokens on, not
+for fp8 (`_attention_tall_hopper`), and for short ones where no tall ones are in their launch, not with a soft cap (`_attention_short_hopper`); for D
+and DV of 64 or 128, strides of whole 16 bytes, and pages that the hardware copies, of 8, 16, 32 or multiples of 64 slots. Both launches are made
+whatever the batch holds.
+Products with a cache in fp8 are those of float16: q is rounded to it, see `as_operand`.
 On Hopper and later a launch overlaps with the node before it, and waits for its end before it reads what counts or writes anything.
 Pad rows are zeros with lse -inf; rows of a request with bad lengths or pages are NaN. Keys that are not live are never read; but a value of
 the request's own that is not finite spoils every row of its tile, also rows before it (0 times NaN).
@@ -30,19 +32,26 @@ import triton
 from . import _check
 from ._attention import _attention_kernel
 from ._overlap import overlaps
+from ._tile import MULTIPROCESSORS
 from .schedule import RECORD, RUN_SPANS, Tiling, schedule
 
 if HAS_GLUON := _check.HAS_GLUON:                    # else all is one launch
     from triton.experimental.gluon.language import NVMMASharedLayout
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-    from ._attention_hopper import _attention_tall_kernel
+    from ._attention_short_hopper import _attention_short_kernel
+    from ._attention_tall_hopper import _attention_tall_kernel
 
 LOG2_E = 1.4426950408889634
 MAX_GROUP = 16
 # Tokens of capacity from which tall requests have a launch of their own on Hopper. On the H200 it takes prefill of 2048 to 16384 tokens from 347 to
 # 377 and from 366 to 473 TFLOP/s, and 0.1 ms from a step of 1B of 2048 mixed tokens; but steps of 129 and 513 last 0.1 ms longer with two launches.
 APART_FROM = 2048
+
+
+# Requests of decode alone up to which a program has a multiprocessor to itself: of 16 on the H200 it takes 8 to 11 % off, of 64 it adds 2 %. Heads of
+# 64 columns and fp8, where the time is not the memory's, want two.
+FEW_REQUESTS = 16
 
 
 @dataclass(frozen=True)
@@ -58,7 +67,7 @@ class Config:
     num_stages: int
     num_warps: int
     programs: int            # a multiprocessor
-    STAGES: int = 0          # tiles of keys that the launch of `_attention_hopper` keeps; 0: tall tiles have no launch of their own
+    STAGES: int = 0          # tiles of keys that the launch of `_attention_tall_hopper` keeps; 0: tall tiles have no launch of their own
 
 
 def config(D: int, DV: int, dtype: torch.dtype) -> Config:
@@ -110,6 +119,7 @@ class Launch(NamedTuple):
     SEGMENT: int
     SPAN: int
     BLOCK_N: int
+    IS_ALONE: bool           # whether a program has a multiprocessor to itself
     AHEAD: int               # keys of a run that a program asks the L2 for before it waits for the node before; 0 where nodes do not overlap
     PRECISION: str
     HAS_TALL: bool
@@ -120,6 +130,7 @@ class Launch(NamedTuple):
     HAS_ALIBI: bool
     HAS_TREE: bool
     HAS_SCALE: bool
+    PACKED: bool             # whether fp8 becomes operands by an instruction of NVIDIA's
     HAS_LSE: bool
 
 
@@ -139,15 +150,17 @@ def _group(H: int, K: int) -> int:
 
 
 def tiling(T: int, R: int, H: int, K: int, D: int, DV: int, dtype: torch.dtype, device: torch.device | str, causal: bool = True,
-           window: tuple[int, int] = (-1, -1), programs: int | None = None) -> Tiling:
-    """How `schedule` is to cut requests for this op at these capacities. `programs` is the launch's grid, by default what fills the device;
-    no result depends on it. `window` only spares work: a work list made without it serves too."""
+           window: tuple[int, int] = (-1, -1), programs: int | None = None, cache_dtype: torch.dtype | None = None) -> Tiling:
+    """How `schedule` is to cut requests for this op at these capacities. `programs` is the launch's grid, by default what suits the device, and
+    cache_dtype the caches', by default `dtype`, that of q; no result depends on either. `window` only spares work: a work list made without it serves
+    too."""
     group, has_tall = triton.next_power_of_2(_group(H, K)), T > R
     c = config(D, DV, dtype)
     if programs is None:
         device = torch.device(device)
         multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
-        programs = multiprocessors * c.programs
+        is_alone = not has_tall and R <= FEW_REQUESTS and c.STAGES > 0 and max(D, DV) > 64 and cache_dtype in (None, dtype)
+        programs = multiprocessors * (1 if is_alone else c.programs)
     tall_programs = max(programs // c.programs, 1) if has_tall and c.STAGES and T >= APART_FROM else 0
     tall_m = c.TALL_M if tall_programs else c.TALL_PART
     runs = 2 * programs if has_tall and not tall_programs else programs
@@ -162,16 +175,18 @@ _tiling = tiling                                     # for functions with an arg
 
 
 def _boxes(cache: torch.Tensor) -> TensorDescriptor | None:
-    """The cache [N, P, K, D] as rows, one a slot, or a slot and head, of which the hardware copies a page, or 64 slots of one, by 128 bytes at once.
-    None where pages or strides do not allow it."""
+    """The cache [N, P, K, D] as rows, one a slot, or a slot and head, of which the hardware copies a page, or 64 slots of one, by up to 128 bytes at
+    once. None where pages or strides do not allow it."""
+    size = cache.element_size()
     (N, P, K, D), (stride_n, stride_p, stride_h, _) = cache.shape, cache.stride()
     if (64 % P and P % 64) or P < 8 or min(stride_n, stride_p, stride_h) <= 0 or stride_n % stride_p or (stride_h > stride_p and stride_h % stride_p):
         return None
     rows, columns = (N - 1) * (stride_n // stride_p) + (K - 1) * (stride_h // stride_p) + P, (K - 1) * (stride_h % stride_p) + D
-    if stride_p % 8 or stride_h % 8 or max(rows, columns) >= 2**31:
+    if stride_p * size % 16 or stride_h * size % 16 or max(rows, columns) >= 2**31:
         return None
-    box = [min(P, 64), 64]
-    return TensorDescriptor(cache, [rows, columns], [stride_p, 1], box, NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2))
+    width = min(D * size, 128)
+    layout = NVMMASharedLayout(swizzle_byte_width=width, element_bitwidth=8 * size, rank=2)
+    return TensorDescriptor(cache, [rows, columns], [stride_p, 1], [min(P, 64), width // size], layout)
 
 
 @dataclass(frozen=True)
@@ -211,7 +226,7 @@ def attention_out(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor,
     _check.require(1 <= D <= 256 and 1 <= DV <= 256, "attention", "q, v_cache", f"D = {D}, DV = {DV}", "1 to 256")
     _check.require(1 <= P <= 256, "attention", "k_cache", f"page size {P}", "1 to 256")
     G = _group(H, K)
-    tiling = _tiling(T, R, H, K, D, DV, q.dtype, device, causal, window) if tiling is None else tiling
+    tiling = _tiling(T, R, H, K, D, DV, q.dtype, device, causal, window, None, k_cache.dtype) if tiling is None else tiling
     is_scaled = k_scale is not None or v_scale is not None
     caches = (torch.float8_e4m3fn,) if is_scaled else (q.dtype,)
     _check.tensor("attention", "q", q, (T, H, D), _check.FLOATS)
@@ -253,26 +268,31 @@ def attention_out(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor,
         ALIGN=math.gcd(16, *k_cache.stride()[:3], *v_cache.stride()[:3]), RECORD=RECORD, RUN_SEGMENTS=2 * c.SPAN, RUN_SPANS=RUN_SPANS,
         RUNS=tiling.runs, SHORT_M=c.SHORT_M, SHORT_STATE=short_state, TALL_M=tall_m, TALL_STATE=tall_state, TALL_PART=c.TALL_PART,
         FEW=min(c.TALL_PART, 16), TALL_SLOTS=tiling.tall_slots, STAGES=c.STAGES, FILL_H=min(triton.next_power_of_2(H), 16), SEGMENT=c.SEGMENT,
-        SPAN=c.SPAN, BLOCK_N=c.BLOCK_N,
+        SPAN=c.SPAN, BLOCK_N=c.BLOCK_N, IS_ALONE=tiling.programs <= MULTIPROCESSORS,
         AHEAD=min(c.SEGMENT, (1 << 17) // (_block(max(D, DV)) * k_cache.element_size())) if overlaps() else 0,
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32", HAS_TALL=tiling.has_tall, HAS_LEFT=left >= 0, HAS_RIGHT=right >= 0,
         HAS_CAP=softcap > 0, HAS_SINK=sinks is not None, HAS_ALIBI=alibi_slopes is not None, HAS_TREE=tree_mask is not None, HAS_SCALE=is_scaled,
-        HAS_LSE=lse is not None)
+        PACKED=is_scaled and _check.capability() >= 89, HAS_LSE=lse is not None)
     tensors = (q, k_cache, v_cache, block_table, work, workspace.states, workspace.counters, out, lse, sinks, alibi_slopes, tree_mask)
     factors = scale / softcap if softcap else scale * LOG2_E, softcap * LOG2_E
     strides = (q.stride(0), q.stride(1), *k_cache.stride()[:3], *v_cache.stride()[:3], block_table.stride(0), out.stride(0), out.stride(1),
                0 if lse is None else lse.stride(0), alibi_slopes.stride(0) if alibi_slopes is not None and alibi_slopes.dim() == 2 else 0)
     extents = T, R, block_table.shape[1], N, left, right
+    overlapping: dict = {"launch_pdl": True} if launch.AHEAD else {}
     takes_vectors = q.stride(0) % 8 == q.stride(1) % 8 == 0
-    boxes = [_boxes(cache) for cache in (k_cache, v_cache)] if tiling.tall_programs and takes_vectors and not is_scaled else [None]
-    if None not in boxes:
+    boxes = [_boxes(cache) for cache in (k_cache, v_cache)] if c.STAGES and takes_vectors else [None]
+    if None not in boxes and tiling.tall_programs and not is_scaled:
         _attention_tall_kernel[(tiling.tall_programs,)](
-            *boxes, *tensors, *factors, *strides, *extents, sections[-1], C=launch, num_warps=4, **({"launch_pdl": True} if launch.AHEAD else {}))
+            *boxes, *tensors, *factors, *strides, *extents, sections[-1], C=launch, num_warps=4, **overlapping)
         launch = launch._replace(HAS_TALL=False)
+    arguments = *tensors, k_scale, v_scale, *factors, *strides, wide(k_scale, 0), wide(v_scale, 0), *extents, *sections
+    if None not in boxes and not launch.HAS_TALL and not launch.HAS_CAP:         # whose tanh costs the 48 dead rows of a tile more than it spares
+        registers = 136 if launch.IS_ALONE else 128          # with 128 two programs may share a multiprocessor while others idle
+        _attention_short_kernel[(tiling.programs,)](*boxes, *arguments, C=launch, num_warps=4, maxnreg=registers, **overlapping)
+        return
     _attention_kernel[(tiling.programs,)](
-        *tensors, k_scale, v_scale, *factors, *strides, wide(k_scale, 0), wide(v_scale, 0), *extents, *sections, C=launch,
-        num_warps=c.num_warps, num_stages=c.num_stages,
-        **({"launch_pdl": True} if launch.AHEAD else {}), **_check.registers(255))       # else sm_120 spills 670 bytes for a third program
+        *arguments, C=launch, num_warps=c.num_warps, num_stages=c.num_stages,
+        **overlapping, **_check.registers(255))              # else sm_120 spills 670 bytes for a third program
 
 
 def attention(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, query_start_loc: torch.Tensor, seq_lens: torch.Tensor,
@@ -284,7 +304,7 @@ def attention(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, que
     `attention_out` in every layer. Not causal, a request may have more query rows than keys."""
     _check_ranks(q, k_cache, v_cache)
     (T, H, D), (N, P, K, _), DV = q.shape, k_cache.shape, v_cache.shape[3]
-    cut = tiling(T, seq_lens.shape[0], H, K, D, DV, q.dtype, q.device, causal, window, programs)
+    cut = tiling(T, seq_lens.shape[0], H, K, D, DV, q.dtype, q.device, causal, window, programs, k_cache.dtype)
     plan = schedule(query_start_loc, seq_lens, block_table, P, N, T, cut)
     out, lse = q.new_empty(T, H, DV), torch.empty(T, H, dtype=torch.float32, device=q.device)
     attention_out(q, k_cache, v_cache, block_table, plan.work, Workspace.allocate(cut, q.device), out, lse, scale, causal=causal, window=window,

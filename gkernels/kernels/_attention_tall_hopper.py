@@ -21,58 +21,75 @@ from ._attention_tall import keys_of, tall_rows
 from ._attention_tile import count_in, finish, fold, get_state, pages_of, put_state, quad_sums, row_sums, rows_of, sight_of, visibility, weigh
 
 TICKETS = gl.constexpr(2)             # that fetching warps may be ahead
-VECTOR = gl.constexpr(8)              # elements of 16 bytes, that a thread copies: `attention` sees to it that strides are multiples
 ITEM = gl.constexpr(10)               # of a ticket, a record of the work list: the number of the item and head, -1 after the last
+
+
+@gluon.constexpr_function
+def _columns(D, dtype):
+    """A tile's columns that lie in one block: of 128 bytes, or all of them."""
+    return min(D, 1024 // dtype.primitive_bitwidth)
+
+
+@gluon.constexpr_function
+def copies(D, dtype, warps):
+    """How threads share a chunk's copies of 16 bytes."""
+    vector = 128 // dtype.primitive_bitwidth
+    lanes = _columns(D, dtype) // vector
+    return gl.BlockedLayout([1, vector], [32 // lanes, lanes], [warps, 1], [1, 0])
 
 
 @gluon.jit
 def _chunks(tile):
-    """A tile [rows, D] in shared memory as [chunks, 16, 64]: its columns lie in blocks of 64, one block's rows after the other's."""
+    """A tile [rows, D] in shared memory as [chunks, 16, COLUMNS]: its columns lie in blocks, one block's rows after the other's."""
     ROWS: gl.constexpr = tile.shape[0]
-    D: gl.constexpr = tile.shape[1]
+    COLUMNS: gl.constexpr = _columns(tile.shape[1], tile.dtype)
+    CHUNKS: gl.constexpr = ROWS // 16 * (tile.shape[1] // COLUMNS)
     dtype: gl.constexpr = tile.dtype
-    return tile._reinterpret(dtype, [ROWS * D // 1024, 16, 64], gl.NVMMASharedLayout.get_default_for([16, 64], dtype))
+    return tile._reinterpret(dtype, [CHUNKS, 16, COLUMNS], gl.NVMMASharedLayout.get_default_for([16, COLUMNS], dtype))
 
 
 @gluon.jit
 def _fetch_queries(tile, row0, query_len, first_token, kv_head, q_ptr, stride_t, stride_h, C: gl.constexpr):
     """[TALL_M, D] of q, zeros in rows that are not live."""
-    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [1, 1], [1, 0])
+    LAYOUT: gl.constexpr = copies(C.D, tile.dtype, 1)
     M: gl.constexpr = C.TALL_M
     D: gl.constexpr = C.D
     chunks, row, column = _chunks(tile), gl.arange(0, 16, gl.SliceLayout(1, LAYOUT)), gl.arange(0, 64, gl.SliceLayout(0, LAYOUT))
     for i in range(M * D // 1024):
         token, head, live = rows_of(row0, i % (M // 16) * 16 + row, query_len, first_token, kv_head, C)
-        row_at = tl.multiple_of(token * stride_t + head * stride_h, VECTOR)
+        row_at = tl.multiple_of(token * stride_t + head * stride_h, 8)        # of 16 bytes, as `attention` has seen to
         q = q_ptr + row_at[:, None] + (i // (M // 16) * 64 + column)[None, :]
         async_copy.async_copy_global_to_shared(chunks.index(i), q, live[:, None])
 
 
 @gluon.jit
-def _fetch_last(tile, cache_ptr, table, n, kv_len, kv_head, N, stride_n, stride_p, stride_h, C: gl.constexpr):
+def fetch_last(tile, cache_ptr, table, n, kv_len, kv_head, N, stride_n, stride_p, stride_h, C: gl.constexpr):
     """The tile of keys or values from n on that the request ends in: those that are not live come as zeros."""
-    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [1, 1], [1, 0])
     BLOCK_N: gl.constexpr = tile.shape[0]
     D: gl.constexpr = tile.shape[1]
-    chunks, row, column = _chunks(tile), gl.arange(0, 16, gl.SliceLayout(1, LAYOUT)), gl.arange(0, 64, gl.SliceLayout(0, LAYOUT))
-    for i in range(BLOCK_N * D // 1024):
+    COLUMNS: gl.constexpr = _columns(D, tile.dtype)
+    VECTOR: gl.constexpr = 128 // tile.dtype.primitive_bitwidth
+    LAYOUT: gl.constexpr = copies(D, tile.dtype, gl.num_warps())
+    chunks, row, column = _chunks(tile), gl.arange(0, 16, gl.SliceLayout(1, LAYOUT)), gl.arange(0, COLUMNS, gl.SliceLayout(0, LAYOUT))
+    for i in range(BLOCK_N // 16 * (D // COLUMNS)):
         key = n + i % (BLOCK_N // 16) * 16 + row
         page = pages_of(tl.load(table + key // C.P, key < kv_len, other=0), N).to(tl.int64)
         slot = tl.multiple_of(page * stride_n + (key % C.P).to(tl.int64) * stride_p + kv_head.to(tl.int64) * stride_h, VECTOR)
-        async_copy.async_copy_global_to_shared(chunks.index(i), cache_ptr + slot[:, None] + (i // (BLOCK_N // 16) * 64 + column)[None, :],
+        async_copy.async_copy_global_to_shared(chunks.index(i), cache_ptr + slot[:, None] + (i // (BLOCK_N // 16) * COLUMNS + column)[None, :],
                                                (key < kv_len)[:, None])
 
 
 @gluon.jit
-def _fetch_boxes(tile, boxes, is_full, rows, first_column):
-    """The tile of keys or values whose boxes, a page or 64 slots of one by 128 bytes, begin at these rows."""
+def fetch_boxes(tile, boxes, is_full, rows, first_column):
+    """The tile of keys or values whose boxes, a page or 64 slots of one by at most 128 bytes, begin at these rows."""
     ROWS: gl.constexpr = boxes.block_shape[0]
+    COLUMNS: gl.constexpr = boxes.block_shape[1]
     BLOCK_N: gl.constexpr = tile.shape[0]
-    D: gl.constexpr = tile.shape[1]
-    flat = tile._reinterpret(boxes.dtype, [BLOCK_N * D // 64, 64], boxes.layout)
+    BLOCKS: gl.constexpr = tile.shape[1] // COLUMNS
+    flat = tile._reinterpret(boxes.dtype, [BLOCK_N * BLOCKS, COLUMNS], boxes.layout)
     for i in gl.static_range(BLOCK_N // ROWS):
-        for j in gl.static_range(D // 64):
-            tma.async_copy_global_to_shared(boxes, [rows[i], first_column + j * 64], is_full, flat.slice(j * BLOCK_N + i * ROWS, ROWS))
+        for j in gl.static_range(BLOCKS):
+            tma.async_copy_global_to_shared(boxes, [rows[i], first_column + j * COLUMNS], is_full, flat.slice(j * BLOCK_N + i * ROWS, ROWS))
 
 
 @gluon.jit
@@ -128,11 +145,11 @@ def _fetch(boxes, buffers, barriers, tall_at, inputs, strides, extents, C: gl.co
                         page, slot = pages_of(tl.load(table + (n + i * BOX) // C.P), N), (n + i * BOX) % C.P
                         k_rows += (page * k_rows_a_page + kv_head * k_rows_a_head + slot,)           # type: ignore[assignment]
                         v_rows += (page * v_rows_a_page + kv_head * v_rows_a_head + slot,)           # type: ignore[assignment]
-                    _fetch_boxes(k_tile, k_boxes, is_full, k_rows, kv_head * k_columns_a_head)
-                    _fetch_boxes(v_tile, v_boxes, is_full, v_rows, kv_head * v_columns_a_head)
+                    fetch_boxes(k_tile, k_boxes, is_full, k_rows, kv_head * k_columns_a_head)
+                    fetch_boxes(v_tile, v_boxes, is_full, v_rows, kv_head * v_columns_a_head)
                 else:
-                    _fetch_last(k_tile, k_cache_ptr, table, n, kv_len, kv_head, N, strides[2], strides[3], strides[4], C)
-                    _fetch_last(v_tile, v_cache_ptr, table, n, kv_len, kv_head, N, strides[5], strides[6], strides[7], C)
+                    fetch_last(k_tile, k_cache_ptr, table, n, kv_len, kv_head, N, strides[2], strides[3], strides[4], C)
+                    fetch_last(v_tile, v_cache_ptr, table, n, kv_len, kv_head, N, strides[5], strides[6], strides[7], C)
                     async_copy.commit_group()
                     async_copy.wait_group(0)
                     fence_async_shared()                                          # products do not read as threads write
@@ -158,7 +175,7 @@ def _logits(q, k_ring, full, turn, C: gl.constexpr):
 
 
 @gluon.jit
-def _weights(s, masked, n, row0, context, item, m, l, inputs, strides, extents, C: gl.constexpr):
+def weights(s, masked, n, row0, context, item, scale, m, l, inputs, strides, extents, dtype: gl.constexpr, C: gl.constexpr):
     """m, l, alpha and the weights, as an operand, of the tile at n: see `weigh`."""
     S: gl.constexpr = s.type.layout
     O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], instr_shape=[16, C.DV, 16])
@@ -169,19 +186,19 @@ def _weights(s, masked, n, row0, context, item, m, l, inputs, strides, extents, 
     seen = visibility(key, first, stop, tree, context, C)
     if masked:
         s = tl.where(seen, s, float("-inf"))
-    m, alpha, p = weigh(s, seen, False, key, position, slope, inputs[14], inputs[15], m, C)
+    m, alpha, p = weigh(s, seen, False, key, position, slope, scale, inputs[15], m, C)
     sums = quad_sums(p, M, C.BLOCK_N)
     wide_alpha = gl.convert_layout(alpha, gl.SliceLayout(1, gl.SliceLayout(2, sums.type.layout)))[:, None, None]
-    p = gl.convert_layout(p.to(inputs[0].dtype.element_ty), gl.DotOperandLayout(0, O, 2))
+    p = gl.convert_layout(p.to(dtype), gl.DotOperandLayout(0, O, 2))
     return m, tl.fma(l, wide_alpha, sums), gl.convert_layout(alpha, gl.SliceLayout(1, O)), p
 
 
 @gluon.jit
-def _fold_segment(span_m, span_l, span_state, m, l, acc, C: gl.constexpr):
-    """The span's state with a segment's folded in; that of `acc` before lies in shared memory."""
+def fold_segment(span_m, span_l, span_acc, m, l, acc, C: gl.constexpr):
+    """The span's state with a segment's folded in."""
     ROWS: gl.constexpr = gl.SliceLayout(1, acc.type.layout)
-    l = gl.convert_layout(row_sums(l, C.TALL_M // 2, C.BLOCK_N // 4), ROWS)
-    return fold(span_m, span_l, span_state.load(acc.type.layout), gl.convert_layout(m, ROWS), l, acc)
+    l = gl.convert_layout(row_sums(l, acc.shape[0], C.BLOCK_N // 4), ROWS)
+    return fold(span_m, span_l, span_acc, gl.convert_layout(m, ROWS), l, acc)
 
 
 @gluon.jit
@@ -192,6 +209,7 @@ def _attend_span(q, span, turn, tile_row0, row0, item, k_ring, v_ring, span_stat
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], instr_shape=[16, C.BLOCK_N, 16])
     O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], instr_shape=[16, C.DV, 16])
     ROWS: gl.constexpr = gl.SliceLayout(1, O)
+    dtype: gl.constexpr = inputs[0].dtype.element_ty
     context, begin, end, all_begin, all_end = keys_of(item[2], item[3], tile_row0, span, C.TALL_M, extents, C)
     nothing = gl.full([M], float("-inf"), gl.float32, gl.SliceLayout(1, S))
     m, l = nothing, quad_sums(gl.full([M, C.BLOCK_N], 0.0, gl.float32, S), M, C.BLOCK_N)
@@ -200,8 +218,8 @@ def _attend_span(q, span, turn, tile_row0, row0, item, k_ring, v_ring, span_stat
     span_state.store(acc)
     if begin < end:
         s = warpgroup_mma_wait(0, [_logits(q, k_ring, full, turn, C)])
-        m, l, alpha, p = _weights(s, (begin + C.BLOCK_N > all_end) | (begin < all_begin), begin, row0, context, item, m, l, inputs, strides,
-                                  extents, C)
+        m, l, alpha, p = weights(s, (begin + C.BLOCK_N > all_end) | (begin < all_begin), begin, row0, context, item, inputs[14], m, l, inputs,
+                                 strides, extents, dtype, C)
         for n in range(begin + C.BLOCK_N, end, C.BLOCK_N):
             logits = _logits(q, k_ring, full, turn + 1, C)
             sums = warpgroup_mma(p, v_ring.index(turn % C.STAGES), acc, is_async=True)
@@ -209,16 +227,17 @@ def _attend_span(q, span, turn, tile_row0, row0, item, k_ring, v_ring, span_stat
             mbarrier.arrive(empty.index(turn % C.STAGES), count=1)
             turn += 1
             if n % C.SEGMENT == 0:
-                span_m, span_l, span_acc = _fold_segment(span_m, span_l, span_state, m, l, acc, C)
+                span_m, span_l, span_acc = fold_segment(span_m, span_l, span_state.load(O), m, l, acc, C)
                 span_state.store(span_acc)
                 m = nothing                                                       # makes alpha 0, and so empties l and acc
-            m, l, alpha, p = _weights(s, (n + C.BLOCK_N > all_end) | (n < all_begin), n, row0, context, item, m, l, inputs, strides, extents, C)
+            m, l, alpha, p = weights(s, (n + C.BLOCK_N > all_end) | (n < all_begin), n, row0, context, item, inputs[14], m, l, inputs, strides,
+                                     extents, dtype, C)
             acc = acc * alpha[:, None]
         sums = warpgroup_mma(p, v_ring.index(turn % C.STAGES), acc, is_async=True)
         acc, p = warpgroup_mma_wait(0, [sums, p])
         mbarrier.arrive(empty.index(turn % C.STAGES), count=1)
         turn += 1
-    span_m, span_l, acc = _fold_segment(span_m, span_l, span_state, m, l, acc, C)
+    span_m, span_l, acc = fold_segment(span_m, span_l, span_state.load(O), m, l, acc, C)
     return span_m, span_l, acc, turn
 
 
