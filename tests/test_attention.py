@@ -735,11 +735,13 @@ def test_other_pages_have_no_boxes(cache):
     assert room._boxes(cache) is None
 
 
-@pytest.mark.parametrize("R, D, cache_dtype, programs", [(16, 128, None, 4), (17, 128, None, 8), (16, 64, None, 8), (16, 128, FP8, 8)],
-                         ids=["few", "many", "narrow heads", "fp8"])
-def test_few_decodes_get_a_multiprocessor_a_program(R, D, cache_dtype, programs):
+@pytest.mark.parametrize("R, D, others, programs", [
+    (16, 128, {}, 4), (17, 128, {}, 8), (16, 64, {}, 8), (16, 128, dict(cache_dtype=FP8), 8), (16, 128, dict(page_size=24), 8),
+    (16, 128, dict(page_size=128), 4), (16, 128, dict(softcap=30.0), 8)],
+                         ids=["few", "many", "narrow heads", "fp8", "page of 24", "page of 128", "soft cap"])
+def test_few_decodes_get_a_multiprocessor_a_program(R, D, others, programs):
     with patch.object(room, "config", lambda *model: room.Config(512, 16, 64, 16, 128, 64, 3, 4, 2, STAGES=4)):
-        few, mixed = (room.tiling(T, R, 8, 2, D, D, torch.bfloat16, "cpu", cache_dtype=cache_dtype) for T in (R, R + 1))
+        few, mixed = (room.tiling(T, R, 8, 2, D, D, torch.bfloat16, "cpu", **others) for T in (R, R + 1))
     assert few.programs == programs and mixed.programs == 8
 
 

@@ -150,16 +150,18 @@ def _group(H: int, K: int) -> int:
 
 
 def tiling(T: int, R: int, H: int, K: int, D: int, DV: int, dtype: torch.dtype, device: torch.device | str, causal: bool = True,
-           window: tuple[int, int] = (-1, -1), programs: int | None = None, cache_dtype: torch.dtype | None = None) -> Tiling:
-    """How `schedule` is to cut requests for this op at these capacities. `programs` is the launch's grid, by default what suits the device, and
-    cache_dtype the caches', by default `dtype`, that of q; no result depends on either. `window` only spares work: a work list made without it serves
-    too."""
+           window: tuple[int, int] = (-1, -1), programs: int | None = None, cache_dtype: torch.dtype | None = None, page_size: int = 16,
+           softcap: float = 0.0) -> Tiling:
+    """How `schedule` is to cut requests for this op at these capacities. `programs` is the launch's grid, by default what suits the device and the
+    kernel that cache_dtype (by default `dtype`, that of q), page_size and softcap lead to; no result depends on any of these. `window` only spares
+    work: a work list made without it serves too."""
     group, has_tall = triton.next_power_of_2(_group(H, K)), T > R
     c = config(D, DV, dtype)
     if programs is None:
         device = torch.device(device)
         multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
-        is_alone = not has_tall and R <= FEW_REQUESTS and c.STAGES > 0 and max(D, DV) > 64 and cache_dtype in (None, dtype)
+        has_boxes = c.STAGES > 0 and _fits_boxes(page_size) and softcap == 0
+        is_alone = not has_tall and R <= FEW_REQUESTS and has_boxes and max(D, DV) > 64 and cache_dtype in (None, dtype)
         programs = multiprocessors * (1 if is_alone else c.programs)
     tall_programs = max(programs // c.programs, 1) if has_tall and c.STAGES and T >= APART_FROM else 0
     tall_m = c.TALL_M if tall_programs else c.TALL_PART
@@ -174,12 +176,17 @@ def tiling(T: int, R: int, H: int, K: int, D: int, DV: int, dtype: torch.dtype, 
 _tiling = tiling                                     # for functions with an argument of that name
 
 
+def _fits_boxes(page_size: int) -> bool:
+    """Whether the hardware copies such pages, or parts of 64 slots of them, as whole rows of a tile of 64."""
+    return page_size >= 8 and (64 % page_size == 0 or page_size % 64 == 0)
+
+
 def _boxes(cache: torch.Tensor) -> TensorDescriptor | None:
     """The cache [N, P, K, D] as rows, one a slot, or a slot and head, of which the hardware copies a page, or 64 slots of one, by up to 128 bytes at
     once. None where pages or strides do not allow it."""
     size = cache.element_size()
     (N, P, K, D), (stride_n, stride_p, stride_h, _) = cache.shape, cache.stride()
-    if (64 % P and P % 64) or P < 8 or min(stride_n, stride_p, stride_h) <= 0 or stride_n % stride_p or (stride_h > stride_p and stride_h % stride_p):
+    if not _fits_boxes(P) or min(stride_n, stride_p, stride_h) <= 0 or stride_n % stride_p or (stride_h > stride_p and stride_h % stride_p):
         return None
     rows, columns = (N - 1) * (stride_n // stride_p) + (K - 1) * (stride_h // stride_p) + P, (K - 1) * (stride_h % stride_p) + D
     if stride_p * size % 16 or stride_h * size % 16 or max(rows, columns) >= 2**31:
@@ -226,7 +233,7 @@ def attention_out(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor,
     _check.require(1 <= D <= 256 and 1 <= DV <= 256, "attention", "q, v_cache", f"D = {D}, DV = {DV}", "1 to 256")
     _check.require(1 <= P <= 256, "attention", "k_cache", f"page size {P}", "1 to 256")
     G = _group(H, K)
-    tiling = _tiling(T, R, H, K, D, DV, q.dtype, device, causal, window, None, k_cache.dtype) if tiling is None else tiling
+    tiling = _tiling(T, R, H, K, D, DV, q.dtype, device, causal, window, None, k_cache.dtype, P, softcap) if tiling is None else tiling
     is_scaled = k_scale is not None or v_scale is not None
     caches = (torch.float8_e4m3fn,) if is_scaled else (q.dtype,)
     _check.tensor("attention", "q", q, (T, H, D), _check.FLOATS)
@@ -304,7 +311,7 @@ def attention(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, que
     `attention_out` in every layer. Not causal, a request may have more query rows than keys."""
     _check_ranks(q, k_cache, v_cache)
     (T, H, D), (N, P, K, _), DV = q.shape, k_cache.shape, v_cache.shape[3]
-    cut = tiling(T, seq_lens.shape[0], H, K, D, DV, q.dtype, q.device, causal, window, programs, k_cache.dtype)
+    cut = tiling(T, seq_lens.shape[0], H, K, D, DV, q.dtype, q.device, causal, window, programs, k_cache.dtype, P, softcap)
     plan = schedule(query_start_loc, seq_lens, block_table, P, N, T, cut)
     out, lse = q.new_empty(T, H, DV), torch.empty(T, H, dtype=torch.float32, device=q.device)
     attention_out(q, k_cache, v_cache, block_table, plan.work, Workspace.allocate(cut, q.device), out, lse, scale, causal=causal, window=window,

@@ -119,7 +119,7 @@ class Step:
         """How attention wants the bucket's requests cut."""
         c = self.model.config
         return ops.attention_tiling(bucket, self.requests(bucket), c.num_heads, c.num_kv_heads, c.head_dim, c.head_dim,
-                                    self.model.weights.embed.dtype, self.device)
+                                    self.model.weights.embed.dtype, self.device, page_size=self.cache.page_size)
 
     def plan(self, bucket: int) -> ops.Schedule:
         """The bucket's schedule; its status is the front of the results, so that one copy reads both."""
