@@ -83,9 +83,14 @@ def _early_kernel(x_ptr, MODE: tl.constexpr):
 
 @gluon.jit
 def _store_early(x, MODE: gl.constexpr):
-    if MODE == "halves wait":
+    early = 0.0
+    if MODE == "half hint":
+        early = tl.load(x, cache_modifier=".cg")
+    if MODE == "half unused":
+        tl.load(x, cache_modifier=".cg")
+    if MODE != "one half waits":
         cuda.gdc_wait()
-    tl.store(x, 1.0)
+    tl.store(x, 1.0 + early)
 
 
 @gluon.jit
@@ -147,5 +152,5 @@ def all_calls(device, dtypes=(torch.float32,)):
         yield "dropped", product, (x[:8192].view(4, 2048), torch.zeros(64, 2048, dtype=dtype, device=device), torch.zeros(4, 64, device=device))
         for mode in ("good", "load", "hint", "unused", "branch", "none"):
             yield f"overlap {mode}", overlap, (x, mode)
-        for mode in ("halves wait", "one half waits"):
+        for mode in ("halves wait", "one half waits", "half unused", "half hint"):
             yield f"overlap {mode}", overlap_halves, (x, mode)

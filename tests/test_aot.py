@@ -215,9 +215,11 @@ def test_control_a_node_that_does_not_wait_is_caught(bad_report, mode, words):
 
 
 def test_control_warps_that_do_not_wait_are_caught(bad_report):
-    assert_waits(case(bad_report, "overlap halves wait"))
+    assert_waits(case(bad_report, "overlap halves wait") + case(bad_report, "overlap half unused"))
     with pytest.raises(AssertionError, match=r"overlap one half waits _early_half_kernel: st\.global\S* before griddepcontrol.wait"):
         assert_waits(case(bad_report, "overlap one half waits"))
+    with pytest.raises(AssertionError, match=r"overlap half hint _early_half_kernel: %\w+, a hint that is used after"):
+        assert_waits(case(bad_report, "overlap half hint"))
 
 
 def test_narrow_loads_are_caught(bad_report):

@@ -567,6 +567,27 @@ def test_control_a_key_too_many_is_seen(device):
 FAR_DIMS = [(name, dim) for name, dims in dict(q=2, k_cache=3, v_cache=3, alibi_slopes=1).items() for dim in range(dims)]
 
 
+def check_saturates(attention, device, dtype):
+    """Beside keys in fp8 a query beyond float16 becomes its greatest number, one that is NaN stays, and other rows notice neither."""
+    (q, *rest), options = problem(Batch([1, 1, 1, 1], [20, 33, 9, 40], 16), 0, dtype, device, (4, 2), 32, Features(scales=1))
+    (want, _), q = attention(q, *rest, **options), q.clone()
+    q[1, :, 0], q[2, :, 0] = torch.finfo(dtype).max, float("nan")
+    got, _ = attention(q, *rest, **options)
+    q[1, :, 0] = float("inf")
+    assert_same(attention(q, *rest, **options)[0][:2], got[:2])
+    assert_same(got[[0, 3]], want[[0, 3]])
+    assert got[1].isfinite().all() and got[2].isnan().all()
+
+
+def test_queries_beside_fp8_saturate(device):
+    check_saturates(room.attention, device, torch.bfloat16)
+
+
+def test_control_queries_that_do_not_saturate_are_caught(device):
+    with pytest.raises(AssertionError, match="elements differ"):
+        check_saturates(room.attention, device, torch.float16)                # which is multiplied as it is: inf gives NaN
+
+
 def check_far(attention, device, name, dim):
     """The same bits from a tensor whose last token, head, page, slot or request lies past element 2^31."""
     arguments, options = problem(Batch([3, 1], [20, 7], 9), 0, torch.float16, device, (2, 2), 16, Features(alibi=2))

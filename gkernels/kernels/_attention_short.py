@@ -87,7 +87,7 @@ def leave_segment(span, row_state, empty, x, row, kv_head, num_rows, run, item, 
     span_whole = (ordinal + span_begin >= run_begin) & (ordinal + span_end <= run_end)
     row_whole = (ordinal + group * num_segments >= run_begin) & (ordinal + row_end <= run_end)
     token, head, live = rows_of(row * (C.SHORT_M // C.GROUP), offs_m, query_len, first_token, kv_head, C)
-    if in_memory:
+    if in_memory:                                                                 # where a tile has more rows than a state
         live = live & (offs_m < C.SHORT_M)
     if row_whole:
         if in_memory:

@@ -19,8 +19,8 @@ from ._attention import fill
 from ._attention_ahead import ask_ahead
 from ._attention_short import leave_segment, next_tile, open_item, open_run, settle_ends, tile_after, tiles_of
 from ._attention_tall import keys_of
-from ._attention_tall_hopper import fetch_boxes, fetch_last, fold_segment, weights
 from ._attention_tile import as_operand, operand, pages_of, quad_sums, rows_of
+from ._attention_tile_hopper import fetch_boxes, fetch_last, fold_segment, weights
 
 ROWS = gl.constexpr(64)               # of Hopper's products
 STAGES = gl.constexpr(2)              # tiles that a program asks for at once: a third costs batches 2 to 4 % on the H200

@@ -47,8 +47,6 @@ MAX_GROUP = 16
 # Tokens of capacity from which tall requests have a launch of their own on Hopper. On the H200 it takes prefill of 2048 to 16384 tokens from 347 to
 # 377 and from 366 to 473 TFLOP/s, and 0.1 ms from a step of 1B of 2048 mixed tokens; but steps of 129 and 513 last 0.1 ms longer with two launches.
 APART_FROM = 2048
-
-
 # Requests of decode alone up to which a program has a multiprocessor to itself: of 16 on the H200 it takes 8 to 11 % off, of 64 it adds 2 %. Heads of
 # 64 columns and fp8, where the time is not the memory's, want two.
 FEW_REQUESTS = 16
@@ -287,7 +285,8 @@ def attention_out(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor,
     extents = T, R, block_table.shape[1], N, left, right
     overlapping: dict = {"launch_pdl": True} if launch.AHEAD else {}
     takes_vectors = q.stride(0) % 8 == q.stride(1) % 8 == 0
-    boxes = [_boxes(cache) for cache in (k_cache, v_cache)] if c.STAGES and takes_vectors else [None]
+    takes_boxes = c.STAGES and takes_vectors and (tiling.tall_programs or not tiling.has_tall)
+    boxes = [_boxes(cache) for cache in (k_cache, v_cache)] if takes_boxes else [None]
     if None not in boxes and tiling.tall_programs and not is_scaled:
         _attention_tall_kernel[(tiling.tall_programs,)](
             *boxes, *tensors, *factors, *strides, *extents, sections[-1], C=launch, num_warps=4, **overlapping)
