@@ -31,12 +31,15 @@ def _fetch_queries(tile, row0, query_len, first_token, kv_head, q_ptr, stride_t,
     LAYOUT: gl.constexpr = copies(C.D, tile.dtype, 1)
     M: gl.constexpr = C.TALL_M
     D: gl.constexpr = C.D
+    TOKENS: gl.constexpr = 16 // C.GROUP                                          # of a chunk; addresses anew for each take 1500 cycles more
     chunks, row, column = chunks_of(tile), gl.arange(0, 16, gl.SliceLayout(1, LAYOUT)), gl.arange(0, 64, gl.SliceLayout(0, LAYOUT))
-    for i in range(M * D // 1024):
-        token, head, live = rows_of(row0, i % (M // 16) * 16 + row, query_len, first_token, kv_head, C)
-        row_at = tl.multiple_of(token * stride_t + head * stride_h, 8)        # of 16 bytes, as `attention` has seen to
-        q = q_ptr + row_at[:, None] + (i // (M // 16) * 64 + column)[None, :]
-        async_copy.async_copy_global_to_shared(chunks.index(i), q, live[:, None])
+    token, head, live = rows_of(row0, row, query_len, first_token, kv_head, C)
+    q = q_ptr + tl.multiple_of(token * stride_t + head * stride_h, 8)[:, None] + column[None, :]      # of 16 bytes, as `attention` has seen to
+    for i in range(M // 16):
+        live = (row0 + i * TOKENS + row // C.GROUP < query_len) & (row % C.GROUP < C.G)
+        for j in gl.static_range(D // 64):
+            async_copy.async_copy_global_to_shared(chunks.index(j * (M // 16) + i), q + j * 64, live[:, None])
+        q += TOKENS * stride_t.to(tl.int64)
 
 
 @gluon.jit
