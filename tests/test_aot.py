@@ -19,7 +19,7 @@ OTHERS = ["sm_80:float32,bfloat16", "sm_100:float32,bfloat16", "sm_120:float32,b
 # first item to their last; and int4 in float32, which is for checks, where one scale serves all eight nibbles of a word. No case may grow.
 MIXED, INT4, WHOLE = "attention.G16 D256 mixed", "linear_quantized.int4 T3 N5 K40.float32", "linear_quantized.int4 T1 N64 K256.float32"
 SPILLS = {"sm_80": {MIXED: 8, INT4: 48},
-          "sm_90": {"attention.G4 D128 mixed": 24, "attention.G4 D128 tall": 88, "attention.G4 D64 tall features": 16,
+          "sm_90": {"attention.G4 D128 mixed": 24, "attention.G4 D128 tall": 64, "attention.G4 D64 tall features": 16,
                     "attention.G4 D64 tall 8 apart": 16, "attention.G4 D128 decode by many": 32, "attention.G4 D64 decode by many, features": 12,
                     "attention.G4 D128 fp8 decode by 264": 56, MIXED: 80, WHOLE: 16},
           "sm_100": {MIXED: 112, INT4: 88}, "sm_120": {MIXED: 76, INT4: 96}, "gfx942": {}}

@@ -7,7 +7,7 @@ is that of the other paths: the device functions of `_attention_tile` serve both
 
 The fetching warp takes tickets and runs ahead, also from one item to the next. Its barriers, and who waits there for what:
   given   attending warps, for the record of their next item; taken: the fetching warp, until both halves have read it
-  asked   attending warps, for the item's queries;            used:  the fetching warp, until both halves hold theirs in registers
+  asked   attending warps, for the item's queries;            used:  the fetching warp, until both halves have attended with them
   full    attending warps, for a tile of keys and values;     empty: the fetching warp, until both halves have multiplied with it
 """
 
@@ -22,6 +22,7 @@ from ._attention_tile import count_in, finish, fold, get_state, pages_of, put_st
 from ._attention_tile_hopper import chunks_of, copies, fetch_boxes, fetch_last, fold_segment, weights
 
 TICKETS = gl.constexpr(2)             # that fetching warps may be ahead
+PLACES = gl.constexpr(2)              # for queries: of an item and of the next
 ITEM = gl.constexpr(10)               # of a ticket, a record of the work list: the number of the item and head, -1 after the last
 
 
@@ -60,7 +61,7 @@ def _fetch(boxes, buffers, barriers, tall_at, inputs, strides, extents, C: gl.co
     if C.AHEAD:
         cuda.gdc_wait()
     k_boxes, v_boxes = boxes
-    q_tile, k_ring, v_ring, tickets = buffers
+    q_tiles, k_ring, v_ring, tickets = buffers
     given, taken, asked, used, full, empty = barriers
     q_ptr, k_cache_ptr, v_cache_ptr, block_table_ptr, work_ptr, counters_ptr = inputs[0], inputs[1], inputs[2], inputs[3], inputs[4], inputs[6]
     N = extents[3]
@@ -78,9 +79,10 @@ def _fetch(boxes, buffers, barriers, tall_at, inputs, strides, extents, C: gl.co
         record, kv_head = work_ptr + (tall_at + ticket // C.K) * C.RECORD, ticket % C.K
         request, first_token, query_len = tl.load(record), tl.load(record + 1), tl.load(record + 2)
         kv_len, row0 = tl.load(record + 3), tl.load(record + 4)
-        mbarrier.wait(used, (serial + 1) & 1)
-        _fetch_queries(q_tile, row0, query_len, first_token, kv_head, q_ptr, strides[0], strides[1], C)
-        async_copy.mbarrier_arrive(asked, increment_count=False)
+        place = serial % PLACES
+        mbarrier.wait(used.index(place), (serial // PLACES + 1) & 1)
+        _fetch_queries(q_tiles.index(place), row0, query_len, first_token, kv_head, q_ptr, strides[0], strides[1], C)
+        async_copy.mbarrier_arrive(asked.index(place), increment_count=False)
         table = block_table_ptr + request.to(tl.int64) * strides[8]
         for span in range(tl.load(record + 5), tl.load(record + 6)):
             _, begin, end, _, _ = keys_of(query_len, kv_len, row0, span, C.TALL_M, extents, C)
@@ -125,7 +127,7 @@ def _logits(q, k_ring, full, turn, C: gl.constexpr):
 
 
 @gluon.jit
-def _attend_span(q, span, turn, tile_row0, row0, item, k_ring, v_ring, span_state, full, empty, inputs, strides, extents, C: gl.constexpr):
+def _attend_span(q, span, turn, tile_row0, row0, item, k_ring, v_ring, full, empty, inputs, strides, extents, C: gl.constexpr):
     """The state of this half's rows over one span, and the next turn. Each tile's first product runs beside the second one of the tile before, also
     where a segment ends. Other orders lost on the H200: weights beside the second product, and halves that multiply by turns, each 1 to 5 %."""
     M: gl.constexpr = C.TALL_M // 2
@@ -137,8 +139,7 @@ def _attend_span(q, span, turn, tile_row0, row0, item, k_ring, v_ring, span_stat
     nothing = gl.full([M], float("-inf"), gl.float32, gl.SliceLayout(1, S))
     m, l = nothing, quad_sums(gl.full([M, C.BLOCK_N], 0.0, gl.float32, S), M, C.BLOCK_N)
     acc = gl.full([M, C.DV], 0.0, gl.float32, O)
-    span_m, span_l = gl.full([M], float("-inf"), gl.float32, ROWS), gl.full([M], 0.0, gl.float32, ROWS)
-    span_state.store(acc)
+    span_m, span_l, span_acc = gl.full([M], float("-inf"), gl.float32, ROWS), gl.full([M], 0.0, gl.float32, ROWS), acc
     if begin < end:
         s = warpgroup_mma_wait(0, [_logits(q, k_ring, full, turn, C)])
         m, l, alpha, p = weights(s, (begin + C.BLOCK_N > all_end) | (begin < all_begin), begin, row0, context, item, inputs[14], m, l, inputs,
@@ -150,8 +151,7 @@ def _attend_span(q, span, turn, tile_row0, row0, item, k_ring, v_ring, span_stat
             mbarrier.arrive(empty.index(turn % C.STAGES), count=1)
             turn += 1
             if n % C.SEGMENT == 0:
-                span_m, span_l, span_acc = fold_segment(span_m, span_l, span_state.load(O), m, l, acc, C)
-                span_state.store(span_acc)
+                span_m, span_l, span_acc = fold_segment(span_m, span_l, span_acc, m, l, acc, C)
                 m = nothing                                                       # makes alpha 0, and so empties l and acc
             m, l, alpha, p = weights(s, (n + C.BLOCK_N > all_end) | (n < all_begin), n, row0, context, item, inputs[14], m, l, inputs, strides,
                                      extents, dtype, C)
@@ -160,8 +160,8 @@ def _attend_span(q, span, turn, tile_row0, row0, item, k_ring, v_ring, span_stat
         acc, p = warpgroup_mma_wait(0, [sums, p])
         mbarrier.arrive(empty.index(turn % C.STAGES), count=1)
         turn += 1
-    span_m, span_l, acc = fold_segment(span_m, span_l, span_state.load(O), m, l, acc, C)
-    return span_m, span_l, acc, turn
+    span_m, span_l, span_acc = fold_segment(span_m, span_l, span_acc, m, l, acc, C)
+    return span_m, span_l, span_acc, turn
 
 
 @gluon.jit
@@ -203,16 +203,15 @@ def _field(record, i: gl.constexpr):
 
 
 @gluon.jit
-def _attend(half: gl.constexpr, span_state, buffers, barriers, tall_at, inputs, strides, extents, C: gl.constexpr):
+def _attend(half: gl.constexpr, buffers, barriers, tall_at, inputs, strides, extents, C: gl.constexpr):
     """This half of the rows of this program's items."""
     if C.AHEAD:
         cuda.gdc_wait()
         if half == 0:
             cuda.gdc_launch_dependents()
-    q_tile, k_ring, v_ring, tickets = buffers
+    q_tiles, k_ring, v_ring, tickets = buffers
     given, taken, asked, used, full, empty = barriers
     M: gl.constexpr = C.TALL_M // 2
-    S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], instr_shape=[16, C.BLOCK_N, 16])
     turn, serial, ticket = 0, 0, 0
     while ticket >= 0:
         slot = serial % TICKETS
@@ -223,14 +222,16 @@ def _attend(half: gl.constexpr, span_state, buffers, barriers, tall_at, inputs, 
         mbarrier.arrive(taken.index(slot), count=1)
         if ticket >= 0:
             item, kv_head = ticket // C.K, ticket % C.K
-            mbarrier.wait(asked, serial & 1)
-            q = q_tile.slice(half * M, M).load(gl.DotOperandLayout(0, S, 2))
-            mbarrier.arrive(used, count=1)
+            place = serial % PLACES
+            mbarrier.wait(asked.index(place), serial // PLACES & 1)
+            fence_async_shared()                                                  # products do not read as threads write
+            q = q_tiles.index(place).slice(half * M, M)
             for span in range(first, stop):
                 m, l, acc, turn = _attend_span(
                     q, span, turn, row0, row0 + half * (M // C.GROUP), (request, first_token, query_len, kv_len, kv_head), k_ring, v_ring,
-                    span_state, full, empty, inputs, strides, extents, C)
+                    full, empty, inputs, strides, extents, C)
                 _settle_span(m, l, acc, span, first, stop, item, kv_head, half, inputs[4] + (tall_at + item) * C.RECORD, inputs, strides, C)
+            mbarrier.arrive(used.index(place), count=1)
         serial += 1
 
 
@@ -251,28 +252,27 @@ def _attention_tall_kernel(
     dtype: gl.constexpr = q_ptr.dtype.element_ty
     STAGES: gl.constexpr = C.STAGES
     BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
-    q_tile = gl.allocate_shared_memory(dtype, [C.TALL_M, C.D], gl.NVMMASharedLayout.get_default_for([C.TALL_M, C.D], dtype))
+    # Products read queries from here, which leaves a thread the registers for a span's state beside that of a segment. In shared memory instead, each
+    # segment's fold would take 900 cycles, a half of a tile.
+    q_tiles = gl.allocate_shared_memory(dtype, [PLACES, C.TALL_M, C.D], gl.NVMMASharedLayout.get_default_for([C.TALL_M, C.D], dtype))
     k_ring = gl.allocate_shared_memory(dtype, [STAGES, C.BLOCK_N, C.D], gl.NVMMASharedLayout.get_default_for([C.BLOCK_N, C.D], dtype))
     v_ring = gl.allocate_shared_memory(dtype, [STAGES, C.BLOCK_N, C.DV], gl.NVMMASharedLayout.get_default_for([C.BLOCK_N, C.DV], dtype))
-    # What a thread holds of a product [64, DV] lies 128 elements apart: its addresses take one register, and warps meet no bank twice.
-    THREADS: gl.constexpr = [[0, 1], [0, 2], [0, 4], [1, 0], [2, 0], [4, 0], [16, 0], [32, 0], [8, 0], [0, 8], [0, 16], [0, 32]]
-    WIDE: gl.constexpr = [[0, 64]] if C.DV == 128 else []
-    span_states = gl.allocate_shared_memory(gl.float32, [2, C.TALL_M // 2, C.DV], gl.SharedLinearLayout(THREADS + WIDE))
     tickets = gl.allocate_shared_memory(gl.int32, [TICKETS, C.RECORD], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     given, taken = gl.allocate_shared_memory(gl.int64, [TICKETS, 1], BARRIER), gl.allocate_shared_memory(gl.int64, [TICKETS, 1], BARRIER)
-    asked, used = gl.allocate_shared_memory(gl.int64, [1], BARRIER), gl.allocate_shared_memory(gl.int64, [1], BARRIER)
+    asked, used = gl.allocate_shared_memory(gl.int64, [PLACES, 1], BARRIER), gl.allocate_shared_memory(gl.int64, [PLACES, 1], BARRIER)
     full, empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER), gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
     for i in gl.static_range(TICKETS):
         mbarrier.init(given.index(i), count=1)
         mbarrier.init(taken.index(i), count=2)                                    # each half
-    mbarrier.init(asked, count=32)                                                # each thread that fetches
-    mbarrier.init(used, count=2)
+    for i in gl.static_range(PLACES):
+        mbarrier.init(asked.index(i), count=32)                                   # each thread that fetches
+        mbarrier.init(used.index(i), count=2)
     for i in gl.static_range(STAGES):
         mbarrier.init(full.index(i), count=1)
         mbarrier.init(empty.index(i), count=2)
-    buffers, barriers = (q_tile, k_ring, v_ring, tickets), (given, taken, asked, used, full, empty)
+    buffers, barriers = (q_tiles, k_ring, v_ring, tickets), (given, taken, asked, used, full, empty)
     gl.warp_specialize([
-        (_attend, (0, span_states.index(0), buffers, barriers, tall_at, inputs, strides, extents, C)),
-        (_attend, (1, span_states.index(1), buffers, barriers, tall_at, inputs, strides, extents, C)),
+        (_attend, (0, buffers, barriers, tall_at, inputs, strides, extents, C)),
+        (_attend, (1, buffers, barriers, tall_at, inputs, strides, extents, C)),
         (_fetch, ((k_boxes, v_boxes), buffers, barriers, tall_at, inputs, strides, extents, C)),
     ], [4, 1], [232, 40])                                                         # registers a thread of the second half, and of the fetching warp
