@@ -239,6 +239,36 @@ def test_nothing_reaches_the_device_before_upload(device):
     assert buffers["x"].tolist() == [5, 0]
 
 
+def check_upload_is_refused(buffers):
+    with pytest.raises(RuntimeError, match="upload: got a stream that is captured, expected one between launches"):
+        buffers.upload()
+
+
+@pytest.mark.gpu
+def test_a_captured_step_cannot_upload():
+    """And nothing is lost by the attempt: not what was staged, nor the capture."""
+    buffers, graph = StaticBuffers({"x": Field((2,))}, "cuda"), torch.cuda.CUDAGraph()
+    buffers.stage("x", [5])
+    with torch.cuda.graph(graph):
+        buffers["x"].add_(1)
+        check_upload_is_refused(buffers)
+    buffers.upload()
+    graph.replay()
+    assert buffers["x"].tolist() == [6, 1]
+
+
+def test_whether_a_stream_is_captured_is_asked_on_cuda_alone(monkeypatch):
+    buffers = StaticBuffers({"x": Field((2,))}, "cpu")
+    buffers.stage("x", [5])
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with monkeypatch.context() as patch:
+        patch.setattr(buffers, "device", torch.device("cuda"))
+        check_upload_is_refused(buffers)
+        assert buffers["x"].tolist() == [0, 0]
+    buffers.upload()
+    assert buffers["x"].tolist() == [5, 0]
+
+
 def check_rest(kind, device, names, rounds):
     """A field that is not staged between two uploads holds what it held."""
     buffers, known = kind({name: Field((2,)) for name in names}, device), {name: [0, 0] for name in names}

@@ -36,8 +36,8 @@ class Field:
 class StaticBuffers:
     """`buffers["name"]` is the device tensor, whose address never changes. `stage(name, values)` writes the host side.
 
-    On CUDA its uploads are captured as it is made: meanwhile no other thread may use the device. `upload` is for the host's turn between launches: a
-    step that is captured must not call it, or the graph would hold whichever pinned block had its turn."""
+    On CUDA its uploads are captured as it is made: meanwhile no other thread may use the device. `upload` is for the host's turn between launches: in
+    a step that is captured it raises, for the graph would hold whichever pinned block had its turn."""
 
     ALIGNMENT = 256   # bytes: as cudaMalloc aligns, so that every view keeps its loads vectors
     BLOCKS = 8        # pinned ones, so many steps may be under way
@@ -115,7 +115,10 @@ class StaticBuffers:
 
     def upload(self) -> None:
         """Copies everything staged to the device, on the current stream, without waiting for it. A field that was not staged since the last upload
-        stays as it is."""
+        stays as it is. Raises RuntimeError, and uploads nothing, where that stream is captured."""
+        if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError("gkernels.graph.StaticBuffers: upload: got a stream that is captured, expected one between launches: every replay "
+                               "would bring the same pinned block; upload before the graph is launched")
         if self._is_sent:
             self._next()
         before = self._turn - 1
