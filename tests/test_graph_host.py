@@ -239,11 +239,6 @@ def test_nothing_reaches_the_device_before_upload(device):
     assert buffers["x"].tolist() == [5, 0]
 
 
-def check_upload_is_refused(buffers):
-    with pytest.raises(RuntimeError, match="upload: got a stream that is captured, expected one between launches"):
-        buffers.upload()
-
-
 @pytest.mark.gpu
 def test_a_captured_step_cannot_upload():
     """And nothing is lost by the attempt: not what was staged, nor the capture."""
@@ -251,20 +246,26 @@ def test_a_captured_step_cannot_upload():
     buffers.stage("x", [5])
     with torch.cuda.graph(graph):
         buffers["x"].add_(1)
-        check_upload_is_refused(buffers)
+        with pytest.raises(RuntimeError, match="upload: got a stream that is captured, expected one between launches"):
+            buffers.upload()
     buffers.upload()
     graph.replay()
     assert buffers["x"].tolist() == [6, 1]
 
 
-def test_whether_a_stream_is_captured_is_asked_on_cuda_alone(monkeypatch):
-    buffers = StaticBuffers({"x": Field((2,))}, "cpu")
+def test_what_a_refused_upload_held_comes_with_the_next(device, monkeypatch):
+    def refuse():
+        raise RuntimeError("refused")
+
+    buffers = StaticBuffers({"x": Field((2,)), "y": Field((1,))}, device)
     buffers.stage("x", [5])
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     with monkeypatch.context() as patch:
-        patch.setattr(buffers, "device", torch.device("cuda"))
-        check_upload_is_refused(buffers)
-        assert buffers["x"].tolist() == [0, 0]
+        patch.setattr(buffers._copies, "run", lambda bucket: refuse())
+        with pytest.raises(RuntimeError, match="refused"):
+            buffers.upload()
+    buffers.stage("y", [7])
+    buffers.upload()
+    assert buffers["x"].tolist() == [5, 0] and buffers["y"].tolist() == [7]
     buffers.upload()
     assert buffers["x"].tolist() == [5, 0]
 
