@@ -3,6 +3,7 @@
 import itertools
 import time
 from contextlib import nullcontext
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -239,6 +240,11 @@ def test_nothing_reaches_the_device_before_upload(device):
     assert buffers["x"].tolist() == [5, 0]
 
 
+def check_is_refused(buffers):
+    with pytest.raises(RuntimeError, match="upload: got a stream that is captured, expected one between launches"):
+        buffers.upload()
+
+
 @pytest.mark.gpu
 def test_a_captured_step_cannot_upload():
     """And nothing is lost by the attempt: not what was staged, nor the capture."""
@@ -246,22 +252,31 @@ def test_a_captured_step_cannot_upload():
     buffers.stage("x", [5])
     with torch.cuda.graph(graph):
         buffers["x"].add_(1)
-        with pytest.raises(RuntimeError, match="upload: got a stream that is captured, expected one between launches"):
-            buffers.upload()
+        check_is_refused(buffers)
     buffers.upload()
     graph.replay()
     assert buffers["x"].tolist() == [6, 1]
 
 
-def test_what_a_refused_upload_held_comes_with_the_next(device, monkeypatch):
-    def refuse():
-        raise RuntimeError("refused")
+def test_a_refused_upload_changes_nothing(monkeypatch):
+    buffers = StaticBuffers({"x": Field((2,))}, "cpu")
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        buffers.upload()                               # where no graph uploads no stream is asked
+        patch.setattr(buffers._copies, "graphs", {1: None})
+        patch.setattr(buffers, "wait", lambda: pytest.fail("asks the stream"))
+        check_is_refused(buffers)
+    buffers.stage("x", [5])
+    buffers.upload()
+    assert buffers["x"].tolist() == [5, 0]
 
+
+def test_an_upload_that_fails_loses_nothing(device, monkeypatch):
     buffers = StaticBuffers({"x": Field((2,)), "y": Field((1,))}, device)
     buffers.stage("x", [5])
     with monkeypatch.context() as patch:
-        patch.setattr(buffers._copies, "run", lambda bucket: refuse())
-        with pytest.raises(RuntimeError, match="refused"):
+        patch.setattr(buffers._copies, "run", Mock(side_effect=RuntimeError("out of memory")))
+        with pytest.raises(RuntimeError, match="out of memory"):
             buffers.upload()
     buffers.stage("y", [7])
     buffers.upload()

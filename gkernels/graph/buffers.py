@@ -115,7 +115,10 @@ class StaticBuffers:
 
     def upload(self) -> None:
         """Copies everything staged to the device, on the current stream, without waiting for it. A field that was not staged since the last upload
-        stays as it is. Raises RuntimeError, and uploads nothing, where that stream is captured."""
+        stays as it is. Raises RuntimeError, and changes nothing, where that stream is captured."""
+        if self._copies.graphs and torch.cuda.is_current_stream_capturing():     # before `_next`, whose question to a stream would end the capture
+            raise RuntimeError("gkernels.graph.StaticBuffers: upload: got a stream that is captured, expected one between launches: every replay "
+                               "would bring the same pinned block; upload before the graph is launched")
         if self._is_sent:
             self._next()
         before = self._turn - 1
@@ -151,13 +154,6 @@ class StaticBuffers:
                                    "write into the tensor instead of replacing it")
 
 
-def outside_captures() -> None:
-    """Raises where the current stream is captured."""
-    if torch.cuda.is_current_stream_capturing():
-        raise RuntimeError("gkernels.graph.StaticBuffers: upload: got a stream that is captured, expected one between launches: every replay would "
-                           "bring the same pinned block; upload before the graph is launched")
-
-
 def uploads(blocks: list[torch.Tensor], target: torch.Tensor, serial: slice, arrived: torch.Tensor) -> GraphRunner:
     """A runner whose bucket n copies the n-th of pinned `blocks` to `target`, and then its bytes in `serial` to pinned `arrived`."""
     number = target[serial].view(arrived.dtype)
@@ -166,6 +162,6 @@ def uploads(blocks: list[torch.Tensor], target: torch.Tensor, serial: slice, arr
         target.copy_(blocks[n - 1], non_blocking=True)
         arrived.copy_(number, non_blocking=True)
 
-    runner = GraphRunner(upload, Buckets(range(1, len(blocks) + 1)), target.device, (outside_captures,))
+    runner = GraphRunner(upload, Buckets(range(1, len(blocks) + 1)), target.device)
     runner.capture(progress=False)
     return runner
