@@ -1,10 +1,10 @@
 """Paged attention: decode, prefill and mixed batches of 32 query heads on 8 KV heads in bf16, pages in random order; then each feature alone.
 
-gkernels reads a schedule that a model makes once a step for all of its layers. fa3 is FlashAttention-3 and flashinfer FlashInfer's tensor-core
-decode, each where its module can be imported; FlashInfer's host plan() is made before, like the schedule. floor is not timed: the greater of
-bytes and operations over the device's ceilings. torch is scaled_dot_product_attention, causal, over dense keys and values: for the prefills
-alone, whose requests are of one length and need no other mask. Decode and mixed batches would have to be gathered and padded for it first, and
-the figure would be that of the copies.
+gkernels reads a schedule that a model makes once a step for all of its layers, and may fetch keys before the launch ahead ends, as it does in a
+model. fa3 is FlashAttention-3 and flashinfer FlashInfer's tensor-core decode, each where its module can be imported; FlashInfer's host plan() is
+made before, like the schedule. floor is not timed: the greater of bytes and operations over the device's ceilings. torch is
+scaled_dot_product_attention, causal, over dense keys and values: for the prefills alone, whose requests are of one length and need no other mask.
+Decode and mixed batches would have to be gathered and padded for it first, and the figure would be that of the copies.
 """
 
 from __future__ import annotations
@@ -179,7 +179,7 @@ def ours(case, device="cuda"):
         p = problem(case, i, device)
         work = schedule.schedule(p.starts, p.lens, p.table, case.page, p.k_cache.shape[0], case.T, tiling).work
         return lambda: attention.attention_out(p.q, p.k_cache, p.v_cache, p.table, work, workspace, p.out, causal=case.causal, window=case.window,
-                                               tiling=tiling, **extra)
+                                               tiling=tiling, ready=True, **extra)
     return make
 
 

@@ -451,7 +451,7 @@ def _attention_tensors(q, k_cache, v_cache, block_table, work, states, counters,
 
 _attention_op = _register(
     "attention_out(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_table, Tensor work, Tensor(a!) states, Tensor(b!) counters, "
-    f"Tensor(c!) out, Tensor(d!)? lse=None, float? scale=None, *, {_OPTIONS}, int[]? tiling=None) -> ()", _attention_tensors)
+    f"Tensor(c!) out, Tensor(d!)? lse=None, float? scale=None, *, {_OPTIONS}, int[]? tiling=None, bool ready=False) -> ()", _attention_tensors)
 
 
 def attention_out(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, block_table: torch.Tensor, work: torch.Tensor,

@@ -5,7 +5,7 @@ The work list is a namespace of lists, in the order of the kernel's sections:
   short   (request, first token, query length, KV length, first segment, segments, ordinal, poisoned)
   runs    (index in short, ordinal) of each run's begin and, past the last ordinal, (None, number of ordinals): tiling.runs + 1 of them
   tall    (request, first token, query length, KV length, row, first span, end span, poisoned, pieces, first item)
-and run_length, is_split, num_runs, and streams, the number of programs that begin with runs.
+and run_length, is_split, num_runs, and streams, the number of programs that begin with runs or that the launch of tall items leaves to them.
 """
 
 from types import SimpleNamespace
@@ -52,15 +52,18 @@ def schedule(query_start_loc, seq_lens, block_table, page_size, num_pages, T, ti
 
 def cut(works, tiling):
     """Short requests, runs and tall items for `works`, the sound requests: (request, first token, query length, KV length, poisoned)."""
-    short, total, tiled, slots, tall_segments = [], 0, [], 0, 0
+    short, total, tiled, slots, num_tiles, tall_segments = [], 0, [], 0, 0, 0
+    is_many = sum(work[2] > tiling.short_rows for work in works) * tiling.kv_heads >= tiling.programs
+    limit = tiling.short_rows if is_many else tiling.short_limit
     for *request, poisoned in works:
         _, _, query_len, kv_len = request
         first_key = max(kv_len - query_len - tiling.left, 0) if tiling.left >= 0 else 0
         first_segment, end_segment = first_key // tiling.segment, cdiv(kv_len, tiling.segment)
-        if tiling.has_tall and query_len > tiling.short_limit:
+        if tiling.has_tall and query_len > limit:
             rows, spans = range(0, query_len, tiling.tall_rows), range(first_segment // tiling.span, cdiv(end_segment, tiling.span))
             tiled.append((request, poisoned, rows, spans))
             slots += len(rows) * len(spans) * tiling.kv_heads
+            num_tiles += len(rows) * tiling.kv_heads
             tall_segments += len(rows) * (cdiv(max(kv_len - query_len // 2, 1), tiling.segment) - first_segment) * tiling.kv_heads
         else:
             short.append((*request, first_segment, end_segment - first_segment, total, poisoned))
@@ -71,9 +74,15 @@ def cut(works, tiling):
         for row in reversed(rows):
             first_item = len(tall)
             tall += [(*request, row, *piece, poisoned, len(pieces), first_item) for piece in pieces]
-    streams = total * tiling.programs // max(total + tall_segments, 1) if tiling.has_tall and not tiling.tall_programs else 0
-    rounds = 1 if total > tall_segments else tiling.runs // max(streams, 1)
-    shares = rounds * max(streams, 1) if tall and not tiling.tall_programs else tiling.programs
+    streams, shares = 0, tiling.programs
+    if tiling.tall_programs:
+        tall_work, short_work = 12 * tall_segments + 8 * num_tiles, 9 * total
+        if 3 * tall_work > 2 * short_work:
+            streams = tiling.tall_programs - cdiv(tiling.tall_programs * tall_work, tall_work + short_work)
+    elif tiling.has_tall:
+        streams = total * tiling.programs // max(total + tall_segments, 1)
+        rounds = 1 if total > tall_segments else tiling.runs // max(streams, 1)
+        shares = rounds * max(streams, 1) if tall else tiling.programs
     exact = max(cdiv(total, shares), 1)
     run_length = max(rounded for unit in (1, 2, 4, 8, 16) if (rounded := cdiv(exact, unit) * unit) * 15 <= exact * 16)
     runs = [begin_of(run * run_length, short, total, run_length > tiling.span * (RUN_SPANS - 2)) for run in range(tiling.runs + 1)]

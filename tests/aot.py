@@ -7,6 +7,7 @@ Run it in a process of its own, without TRITON_INTERPRET: a kernel decides at im
 """
 
 import argparse
+import functools
 import importlib
 import json
 import os
@@ -46,7 +47,9 @@ def report(launch):
     """What becomes of the kernel: registers, spilled bytes, shared memory, local memory and the width of its loads and stores."""
     compiled = launch.compile()
     streams = launch.kernel.__name__.endswith("_streamed_kernel")                  # whose boxes are a weight's, which no node writes
-    early = {"early": early_accesses(compiled.asm["ptx"], streams)} if launch.options.get("launch_pdl") else {}
+    waits = launch.bound.get("WAITS") or getattr(launch.bound.get("C"), "WAITS", "first")
+    check = {"first": functools.partial(early_accesses, copies_weights=streams), "between": early_in_fetching, "last": early_in_follower}[waits]
+    early = {"early": check(compiled.asm["ptx"])} if launch.options.get("launch_pdl") else {}
     return {"shared": compiled.metadata.shared} | early | (hip_report if launch.target.backend == "hip" else cuda_report)(compiled.asm)
 
 
@@ -97,6 +100,20 @@ def early_in_partitions(ptx):
     early, late = map("\n".join, lines_by_wait)
     found.update(f"{register}, a hint that is used after," for register in hinted(early) & set(re.findall(r"%\w+", late)))
     return sorted(found) if "griddepcontrol.wait" in ptx else ["no griddepcontrol.wait"]
+
+
+def early_in_follower(ptx):
+    """The same for a kernel that begins beside the node ahead, which has waited for all before it: what it does before its fence, and whether
+    its end, a wait for the node ahead that alone lets the next one start, is missing."""
+    found = early_in_partitions(ptx.replace("griddepcontrol.wait", "nop").replace("fence.acq_rel.gpu", "griddepcontrol.wait"))
+    if not re.search(r"griddepcontrol\.wait;(?:\s*(?://|\.loc).*)*\s*griddepcontrol\.launch_dependents;", ptx):
+        found.append("no wait at the end, or no griddepcontrol.launch_dependents behind it,")
+    return found
+
+
+def early_in_fetching(ptx):
+    """The same for a kernel that loads, and lets the hardware copy, before it waits what the node ahead does not write: what else it does."""
+    return early_in_partitions(re.sub(r"\b(?:ld\.global|cp\.async\.bulk\.tensor)[^;]*;", "nop;", ptx))
 
 
 def hinted(block):

@@ -104,6 +104,22 @@ def _early_half_kernel(x_ptr, MODE: gl.constexpr):
     gl.warp_specialize([(_store_late, (x_ptr,)), (_store_early, (x_ptr + 1, MODE))], [1], [24])
 
 
+@gluon.jit
+def _store_beside(x, MODE: gl.constexpr):
+    if MODE != "no fence":
+        tl.inline_asm_elementwise("fence.acq_rel.gpu; mov.u32 $0, 0;", "=r", [], dtype=tl.int32, is_pure=False, pack=1)
+    tl.store(x, 2.0)
+    if MODE != "no end":
+        if tl.program_id(0) + 1 == tl.num_programs(0):
+            cuda.gdc_wait()
+            cuda.gdc_launch_dependents()
+
+
+@gluon.jit
+def _following_kernel(x_ptr, MODE: gl.constexpr, WAITS: gl.constexpr):
+    gl.warp_specialize([(_store_beside, (x_ptr, MODE)), (_store_beside, (x_ptr + 1, "no end"))], [1], [24])
+
+
 def fill(x):
     _specialised_kernel[(1,)](x, x.shape[0], BLOCK=64)
 
@@ -140,6 +156,10 @@ def overlap_halves(x, mode):
     _early_half_kernel[(4,)](x, MODE=mode, launch_pdl=True)
 
 
+def follow(x, mode):
+    _following_kernel[(4,)](x, MODE=mode, WAITS="last", launch_pdl=True)
+
+
 def all_calls(device, dtypes=(torch.float32,)):
     for dtype in dtypes:
         x = torch.zeros(16384, dtype=dtype, device=device)
@@ -154,3 +174,5 @@ def all_calls(device, dtypes=(torch.float32,)):
             yield f"overlap {mode}", overlap, (x, mode)
         for mode in ("halves wait", "one half waits", "half unused", "half hint"):
             yield f"overlap {mode}", overlap_halves, (x, mode)
+        for mode in ("good", "no fence", "no end"):
+            yield f"following {mode}", follow, (x, mode)

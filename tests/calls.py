@@ -67,7 +67,7 @@ def attend(query_start_loc, seq_lens, block_table, tiling, plan, workspace, q, k
 def attention(device, dtype):
     from gkernels.kernels import attention, schedule
 
-    def call(batch, G, D, has_lse, drawn=PLAIN, apart_from=attention.APART_FROM, between=0, programs=4):
+    def call(batch, G, D, has_lse, drawn=PLAIN, apart_from=attention.APART_FROM, between=0, programs=4, ready=False):
         H, K, DV = G * 2, 2, drawn.DV or D
         with patch.object(attention, "APART_FROM", apart_from):
             tiling = attention.tiling(batch.T, batch.R, H, K, D, DV, dtype, device, drawn.causal, drawn.window, programs)
@@ -77,7 +77,7 @@ def attention(device, dtype):
         plan, workspace = schedule.Schedule.allocate(batch.T, batch.R, tiling, device), attention.Workspace.allocate(tiling, device)
         lse = torch.zeros(batch.T, H, device=device) if has_lse else None
         return attend, (*batch.metadata(device), tiling, plan, workspace, q, *caches, q.new_empty(batch.T, H, DV), lse,
-                        drawn.options(batch, H, K, device))
+                        drawn.options(batch, H, K, device) | {"ready": ready})
 
     if dtype == torch.float32:                       # its tiles are small whatever the heads
         yield "G4 D64 mixed", *call(MIXED, 4, 64, has_lse=True)
@@ -88,7 +88,8 @@ def attention(device, dtype):
     yield "G4 D128 decode by many", *call(DECODE, 4, 128, has_lse=True, programs=264)
     yield "G4 D64 decode by many, features", *call(DECODE, 4, 64, True, replace(FEATURES, scales=0, softcap=0.0), programs=264)
     for programs in (4, 264):
-        yield f"G4 D128 fp8 decode by {programs}", *call(DECODE, 4, 128, False, Features(scales=2), programs=programs)
+        yield f"G4 D128 fp8 decode by {programs}", *call(DECODE, 4, 128, False, Features(scales=2), programs=programs, ready=programs == 4)
+        yield f"G4 D128 ready decode by {programs}", *call(DECODE, 4, 128, has_lse=False, programs=programs, ready=True)
     yield "G16 D256 mixed", *call(MIXED, 16, 256, has_lse=True)
     yield "G7 D80 decode", *call(DECODE, 7, 80, has_lse=False)
     yield "G4 D64 features", *call(MIXED, 4, 64, True, FEATURES)

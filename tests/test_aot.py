@@ -20,8 +20,8 @@ OTHERS = ["sm_80:float32,bfloat16", "sm_100:float32,bfloat16", "sm_120:float32,b
 MIXED, INT4, WHOLE = "attention.G16 D256 mixed", "linear_quantized.int4 T3 N5 K40.float32", "linear_quantized.int4 T1 N64 K256.float32"
 SPILLS = {"sm_80": {MIXED: 8, INT4: 48},
           "sm_90": {"attention.G4 D128 mixed": 24, "attention.G4 D128 tall": 64, "attention.G4 D64 tall features": 16,
-                    "attention.G4 D64 tall 8 apart": 16, "attention.G4 D128 decode by many": 32, "attention.G4 D64 decode by many, features": 12,
-                    "attention.G4 D128 fp8 decode by 264": 56, MIXED: 80, WHOLE: 16},
+                    "attention.G4 D64 tall 8 apart": 16, "attention.G4 D128 decode by many": 40, "attention.G4 D64 decode by many, features": 12,
+                    "attention.G4 D128 fp8 decode by 264": 64, "attention.G4 D128 ready decode by 264": 40, MIXED: 80, WHOLE: 16},
           "sm_100": {MIXED: 112, INT4: 88}, "sm_120": {MIXED: 76, INT4: 96}, "gfx942": {}}
 SCHEDULE_SPILLS = 8                              # on sm_80
 NO_FP8 = "sm_80"                                 # that generation has no such conversion
@@ -220,6 +220,13 @@ def test_control_warps_that_do_not_wait_are_caught(bad_report):
         assert_waits(case(bad_report, "overlap one half waits"))
     with pytest.raises(AssertionError, match=r"overlap half hint _early_half_kernel: %\w+, a hint that is used after"):
         assert_waits(case(bad_report, "overlap half hint"))
+
+
+@pytest.mark.parametrize("mode, words", [("no fence", r"st\.global\S*"), ("no end", "no wait at the end, .*")])
+def test_control_a_node_beside_the_one_ahead_is_caught(bad_report, mode, words):
+    assert_waits(case(bad_report, "following good"))
+    with pytest.raises(AssertionError, match=rf"following {mode} _following_kernel: {words} before griddepcontrol.wait"):
+        assert_waits(case(bad_report, f"following {mode}"))
 
 
 def test_narrow_loads_are_caught(bad_report):

@@ -6,11 +6,15 @@ from unittest.mock import patch
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from hypothesis import given
 from hypothesis import strategies as st
+from triton.language.extra import cuda
 
 import reference.attention as twin
 from gkernels.kernels import attention as room
+from gkernels.kernels.rmsnorm import rmsnorm, rmsnorm_out
 from tests.close import assert_close, assert_same
 from tests.strategies import Batch, Features, batches, binaries, far, features, poisons, randn, seeds
 
@@ -683,6 +687,99 @@ def test_a_launch_of_their_own_changes_no_bit(device, case, batch):
 @pytest.mark.parametrize("case", (CASES | CONVERTED).values(), ids=CASES | CONVERTED)
 def test_a_launch_of_short_requests_alone_changes_no_bit(device, case, batch):
     check_launches(room.attention, device, *case, batch, spare=20)
+
+
+@only_on_hopper
+def test_the_next_node_finds_what_both_own_launches_wrote(device):
+    """The second launch ends long before the first, whose rows the next node reads; both in a graph, behind a node that overwrites them with NaN. A
+    third of the multiprocessors is left to 600 requests, which have one key each instead of a segment."""
+    batch = Batch([2000] + [1] * 600, [6000] + [0] * 600, 16, pads=46, spare_requests=1)
+    (q, k_cache, v_cache, starts, lens, table), _ = problem(batch, 3, torch.bfloat16, device, (32, 8), 128)
+    cut = room.tiling(batch.T, len(lens), 32, 8, 128, 128, q.dtype, device)
+    assert cut.tall_programs
+    work, workspace = room.schedule(starts, lens, table, 16, k_cache.shape[0], batch.T, cut).work, room.Workspace.allocate(cut, device)
+    assert cut.tall_programs // 4 < work[0, 6] < cut.tall_programs // 2
+    out, ones = torch.empty_like(q), torch.ones(32 * 128, dtype=q.dtype, device=device)
+    rows, got = out.view(batch.T, -1), out.new_empty(batch.T, 32 * 128)
+
+    def step():
+        out.fill_(float("nan"))
+        room.attention_out(q, k_cache, v_cache, table, work, workspace, out, tiling=cut)
+        rmsnorm_out(rows, ones, 1e-6, got)
+
+    step()
+    torch.cuda.synchronize()
+    want = rmsnorm(rows, ones)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    for _ in range(20):
+        graph.replay()
+        assert_same(got, want)
+
+
+@triton.jit
+def _late_copy_kernel(from_ptr, to_ptr, n, NANOSECONDS: tl.constexpr, BLOCK: tl.constexpr):
+    """Lets the next node start, then waits, then copies."""
+    cuda.gdc_wait()
+    cuda.gdc_launch_dependents()
+    start = cuda.globaltimer()
+    now = start
+    while now - start < NANOSECONDS:
+        now = cuda.globaltimer()
+    for base in range(tl.program_id(0) * BLOCK, n, tl.num_programs(0) * BLOCK):
+        at = base + tl.arange(0, BLOCK)
+        tl.store(to_ptr + at, tl.load(from_ptr + at, at < n), at < n)
+
+
+def attend_behind_a_late_copy(device, ready, late):
+    """Attention's result, and the right one, of 20 replays where the node ahead writes, over NaN and long after attention may start, queries and the
+    keys and values of this step's rows (late = "new"), or those of all rows before them."""
+    query_lens, contexts = [1] * 12 + [3, 2, 9], [0, 62, 63, 64, 127, 700, 1500, 511, 512, 513, 40, 300] + [61, 126, 800]
+    batch = Batch(query_lens, contexts, 16, pads=3, spare_requests=20)
+    (q, k_cache, v_cache, starts, lens, table), _ = problem(batch, 3, torch.bfloat16, device, (32, 8), 128)
+    plan = room.schedule(starts, lens, table, 16, len(k_cache), batch.T, cut := room.tiling(batch.T, len(lens), 32, 8, 128, 128, q.dtype, device))
+    assert not cut.has_tall
+    sizes = [t.numel() for t in (q, k_cache, v_cache)]
+    parts = lambda flat: [part.view_as(t) for part, t in zip(flat.split(sizes), (q, k_cache, v_cache), strict=True)]
+    fresh = torch.cat([t.flatten() for t in (q, k_cache, v_cache)])
+    stale, flat, out, workspace = fresh.clone(), fresh.clone(), torch.empty_like(q), room.Workspace.allocate(cut, device)
+    is_new = torch.zeros(len(k_cache) * 16, dtype=torch.bool, device=device).index_fill_(0, plan.slot_mapping[:batch.num_tokens], True)
+    old_q, *caches = parts(stale)
+    for cache in caches:
+        cache.view(-1, 8, 128)[is_new if late == "new" else ~is_new] = float("nan")
+    if late == "new":
+        old_q.fill_(float("nan"))
+
+    def step(ready, between=lambda: None):
+        flat.copy_(stale)
+        _late_copy_kernel[(132,)](fresh, flat, len(flat), NANOSECONDS=30_000, BLOCK=1024, launch_pdl=True)
+        between()
+        room.attention_out(*parts(flat), table, plan.work, workspace, out, tiling=cut, ready=ready)
+
+    step(False, torch.cuda.synchronize)
+    want = out.clone()
+    assert want[:batch.num_tokens].isfinite().all()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step(ready)
+    for _ in range(20):
+        graph.replay()
+        yield out, want
+
+
+@only_on_hopper
+@pytest.mark.parametrize("ready, late", [(True, "new"), (False, "new"), (False, "old")])
+def test_the_node_ahead_may_write_late(device, ready, late):
+    for got, want in attend_behind_a_late_copy(device, ready, late):
+        assert_same(got, want)
+
+
+@only_on_hopper
+def test_control_keys_that_are_not_ready_are_caught(device):
+    got, want = next(attend_behind_a_late_copy(device, True, "old"))
+    with pytest.raises(AssertionError):
+        assert_same(got, want)
 
 
 def spread(t, between):

@@ -5,6 +5,8 @@ byte. Here the hardware copies pages by itself as soon as a tile's place is free
 rows of Hopper's 64, of which the first warp's alone count. Beside fp8, two warps each fetch keys and values, and turn them into operands too. What a
 row is made of, and in what order, is that of `_attention_short`, whose functions decide what becomes of every segment.
 
+Where the node ahead writes no keys but those of this step's rows, fetching begins beside it.
+
 Barriers, and who waits there for what: landed, those that fetch fp8, for a tile; full, attending warps, for a tile of operands; empty, those that
 fetch, until it has been multiplied with.
 """
@@ -26,6 +28,16 @@ ROWS = gl.constexpr(64)               # of Hopper's products
 STAGES = gl.constexpr(2)              # tiles that a program asks for at once: a third costs batches 2 to 4 % on the H200
 BATCH = gl.constexpr(16)              # states that a program asks for at once, where they meet
 CONVERTED_ROWS = gl.constexpr(32)     # at a time
+
+
+@gluon.jit
+def _start(C: gl.constexpr):
+    """Waits for the node ahead, or begins beside it. Then that one has waited itself before it let this one start, so what nodes before it wrote is
+    there; the fence sees to it that the L1 has nothing older."""
+    if C.WAITS == "first":
+        cuda.gdc_wait()
+    else:
+        tl.inline_asm_elementwise("fence.acq_rel.gpu; mov.u32 $0, 0;", "=r", [], dtype=tl.int32, is_pure=False, pack=1)
 
 
 @gluon.jit
@@ -57,8 +69,7 @@ def _convert(turn, ring, landed, operands, C: gl.constexpr):
 @gluon.jit
 def _fetch(boxes, ring, landed, operands, which: gl.constexpr, short_at, runs_at, inputs, strides, extents, C: gl.constexpr):
     """Keys (which = 1) or values (2) of this program's run."""
-    if C.AHEAD:
-        cuda.gdc_wait()
+    _start(C)
     cache_ptr, work_ptr, N = inputs[which], inputs[4], extents[3]
     stride_n, stride_p, stride_h = strides[3 * which - 1], strides[3 * which], strides[3 * which + 1]
     BOX: gl.constexpr = boxes.block_shape[0]
@@ -82,12 +93,17 @@ def _fetch(boxes, ring, landed, operands, which: gl.constexpr, short_at, runs_at
             if not C.HAS_SCALE:
                 mbarrier.wait(operands[2].index(stage), (turn // STAGES + 1) & 1)
             if n + C.BLOCK_N <= kv_len:
+                if C.WAITS == "between":
+                    if n + C.BLOCK_N > kv_len - item[2]:                          # keys of this step's rows, which the node ahead may write
+                        cuda.gdc_wait()
                 mbarrier.expect(landed.index(stage), BYTES)
                 rows = ()
                 for i in gl.static_range(C.BLOCK_N // BOX):
                     rows += (pages_of(entries[i], N) * rows_a_page + kv_head * rows_a_head + (n + i * BOX) % C.P,)       # type: ignore[assignment]
                 fetch_boxes(ring.index(stage), boxes, landed.index(stage), rows, kv_head * columns_a_head)
             else:
+                if C.WAITS == "between":
+                    cuda.gdc_wait()
                 fetch_last(ring.index(stage), cache_ptr, table, n, kv_len, kv_head, N, stride_n, stride_p, stride_h, C)
                 async_copy.commit_group()
                 async_copy.wait_group(0)
@@ -181,10 +197,15 @@ def _attend(q_tile, keys, values, fills_at, short_at, runs_at, inputs, strides, 
     """This program's run, and its share of the fills."""
     LINE: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     FEW: gl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [4, 1], [1, 0])
-    if C.AHEAD:
+    is_last = tl.program_id(0) + 1 == tl.num_programs(0)
+    if C.WAITS != "last":
         ask_ahead(tl.program_id(0), runs_at, gl.arange(0, C.AHEAD, LINE), inputs, strides, extents, C)
-        cuda.gdc_wait()
+    _start(C)
+    if C.WAITS == "first":
         cuda.gdc_launch_dependents()
+    if C.WAITS == "last":
+        if is_last == 0:
+            cuda.gdc_launch_dependents()
     offs_d = gl.arange(0, C.DV, gl.SliceLayout(0, FEW))
     ONE: gl.constexpr = gl.SliceLayout(1, FEW)
     empty_state = (gl.full([C.GROUP], float("-inf"), gl.float32, ONE), gl.full([C.GROUP], 0.0, gl.float32, ONE),
@@ -192,15 +213,24 @@ def _attend(q_tile, keys, values, fills_at, short_at, runs_at, inputs, strides, 
     num_fills = tl.load(inputs[4] + 2)                                            # behind a run it would come from the L2 again, in 0.6 us
     run, record, index = open_run(tl.program_id(0), runs_at, inputs[4], C)
     _, run_length, begin, run_end = run
+    item, first, last = open_item(record, begin, run_end, C)
+    if C.WAITS == "between":
+        cuda.gdc_wait()
+        cuda.gdc_launch_dependents()
     turn = 0
     while begin < run_end:
-        item, first, last = open_item(record, begin, run_end, C)
         turn = _stream(turn, first, last, run, item, q_tile, keys, values, inputs, strides, extents, C)
         settle_ends(first, last, run_length, item, empty_state, gl.arange(0, C.GROUP, ONE), offs_d, inputs, strides, BATCH, C)
         begin = item[6] + last
         index += 1
         record = inputs[4] + (short_at + index) * C.RECORD
+        if begin < run_end:
+            item, first, last = open_item(record, begin, run_end, C)
     fill(num_fills, fills_at, gl.arange(0, C.FILL_H, ONE), offs_d, inputs, strides, C)
+    if C.WAITS == "last":                                                         # this launch must not end before that of tall tiles
+        if is_last:
+            cuda.gdc_wait()
+            cuda.gdc_launch_dependents()
 
 
 @gluon.jit

@@ -73,7 +73,8 @@ def _fetch(boxes, buffers, barriers, tall_at, inputs, strides, extents, C: gl.co
     k_columns_a_head, v_columns_a_head = (strides[4] % strides[3]).to(tl.int32), (strides[7] % strides[6]).to(tl.int32)
     num_items = tl.load(work_ptr) * C.K
     turn, serial = 0, 0
-    ticket = tl.program_id(0)
+    takers = tl.num_programs(0) - tl.load(work_ptr + 6)                            # the others leave, for programs of the next launch
+    ticket = tl.where(tl.program_id(0) < takers, tl.program_id(0), num_items)
     _give(ticket, num_items, serial, tickets, given, taken, work_ptr, tall_at, C)
     while ticket < num_items:
         record, kv_head = work_ptr + (tall_at + ticket // C.K) * C.RECORD, ticket % C.K
@@ -108,7 +109,7 @@ def _fetch(boxes, buffers, barriers, tall_at, inputs, strides, extents, C: gl.co
                     gl.thread_barrier()
                     mbarrier.arrive(is_full, count=1)
                 turn += 1
-        ticket = tl.num_programs(0) + tl.atomic_add(counters_ptr, 1, sem="relaxed")
+        ticket = takers + tl.atomic_add(counters_ptr, 1, sem="relaxed")
         serial += 1
         _give(ticket, num_items, serial, tickets, given, taken, work_ptr, tall_at, C)
     async_copy.wait_group(0)

@@ -1,6 +1,7 @@
 """How nodes of a graph overlap on Hopper and later (programmatic dependent launch): the programs of a node start while the node before still runs,
 and wait for its end. Every kernel that is launched so has to wait, on every path, before it reads what another node writes, or writes anything;
-what follows it then knows that all nodes before have ended too.
+what follows it then knows that all nodes before have ended too. One kernel waits last instead: attention's launch of short requests, where that of
+tall ones goes before. That one has waited before it lets it start, and shares nothing with it but what both read.
 """
 
 import triton

@@ -9,13 +9,16 @@ online (Dao 2023, arXiv 2307.08691); segments are folded into their span in orde
 is free, so a row's bits depend on its own request alone: not on the batch, the bucket, the chunking, the page layout or the number of programs.
 Short requests (decode, verify) are runs of (head, segment) pairs streamed through one loop; where a run ends inside a span, the last program
 to arrive there folds the parts. Tall ones (prefill) are tiles of BLOCK_M rows over all their keys, or over one span where those tiles are few.
-Where a launch has both, some programs begin with runs while others take tall tiles: one streams memory while its neighbour computes.
+Where a launch has both, some programs begin with runs while others take tall tiles: one streams memory while its neighbour computes. Of two
+launches the second begins on the multiprocessors that the first leaves, at once or when its tall tiles are taken.
 On Hopper there are kernels of two kinds of warps: for tall requests, which have a launch of their own from capacities of APART_FROM tokens on, not
 for fp8 (`_attention_tall_hopper`), and for short ones where no tall ones are in their launch, not with a soft cap (`_attention_short_hopper`); for D
 and DV of 64 or 128, strides of whole 16 bytes, and pages that the hardware copies, of 8, 16, 32 or multiples of 64 slots. Both launches are made
 whatever the batch holds.
 Products with a cache in fp8 are those of float16: q is rounded to it, see `as_operand`.
-On Hopper and later a launch overlaps with the node before it, and waits for its end before it reads what counts or writes anything.
+On Hopper and later a launch overlaps with the node before it, and waits for its end before it reads what counts or writes anything. The second of
+two launches waits for the first at its own end alone: what the first waited for is there, and neither reads what the other writes. Decode may
+fetch the keys of earlier steps before it waits (`ready`).
 Pad rows are zeros with lse -inf; rows of a request with bad lengths or pages are NaN. Keys that are not live are never read; but a value of
 the request's own that is not finite spoils every row of its tile, also rows before it (0 times NaN).
 """
@@ -117,6 +120,7 @@ class Launch(NamedTuple):
     SEGMENT: int
     SPAN: int
     BLOCK_N: int
+    WAITS: str               # for the node ahead: first, between what it does not write and what it does, or, if it took the tall tiles, last
     IS_ALONE: bool           # whether a program has a multiprocessor to itself
     AHEAD: int               # keys of a run that a program asks the L2 for before it waits for the node before; 0 where nodes do not overlap
     PRECISION: str
@@ -216,7 +220,7 @@ def attention_out(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor,
                   workspace: Workspace, out: torch.Tensor, lse: torch.Tensor | None = None, scale: float | None = None, *,
                   causal: bool = True, window: tuple[int, int] = (-1, -1), softcap: float = 0.0, sinks: torch.Tensor | None = None,
                   alibi_slopes: torch.Tensor | None = None, tree_mask: torch.Tensor | None = None, k_scale: torch.Tensor | None = None,
-                  v_scale: torch.Tensor | None = None, tiling: Tiling | None = None) -> None:
+                  v_scale: torch.Tensor | None = None, tiling: Tiling | None = None, ready: bool = False) -> None:
     """Writes attention to `out` and, where given, log-sum-exp to `lse`; shapes as in the module. `work` comes from `schedule` with this `tiling`,
     by default that of the capacities.
 
@@ -224,7 +228,9 @@ def attention_out(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor,
     bound meaning none; causal is window[1] = 0. scale defaults to D ** -0.5. softcap c > 0: logits become c tanh(logit / c).
     sinks float32 [H]: one more logit a head, without a value. alibi_slopes float32 [H] or [R, H]: logit - slope |p - j|.
     tree_mask int64 [T], causal only: bit j of a row says whether it sees its request's query token j < 64. k_scale, v_scale float32 [1] or [K]
-    multiply keys and values, for caches in float8_e4m3fn. Raises ValueError or TypeError on what does not fit."""
+    multiply keys and values, for caches in float8_e4m3fn. ready: the node ahead of this one, which has to wait before it lets this one start as all
+    here do, writes no work, no block_table, and no keys and values but those of this step's rows; decode on Hopper then fetches beside it.
+    Raises ValueError or TypeError on what does not fit."""
     _check_ranks(q, k_cache, v_cache)
     (T, H, D), (N, P, K, _), R, DV, device = q.shape, k_cache.shape, block_table.shape[0], v_cache.shape[3], q.device
     _check.require(N >= 1, "attention", "k_cache", "no pages", "at least the null page")
@@ -273,7 +279,7 @@ def attention_out(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor,
         ALIGN=math.gcd(16, *k_cache.stride()[:3], *v_cache.stride()[:3]), RECORD=RECORD, RUN_SEGMENTS=2 * c.SPAN, RUN_SPANS=RUN_SPANS,
         RUNS=tiling.runs, SHORT_M=c.SHORT_M, SHORT_STATE=short_state, TALL_M=tall_m, TALL_STATE=tall_state, TALL_PART=c.TALL_PART,
         FEW=min(c.TALL_PART, 16), TALL_SLOTS=tiling.tall_slots, STAGES=c.STAGES, FILL_H=min(triton.next_power_of_2(H), 16), SEGMENT=c.SEGMENT,
-        SPAN=c.SPAN, BLOCK_N=c.BLOCK_N, IS_ALONE=tiling.programs <= MULTIPROCESSORS,
+        SPAN=c.SPAN, BLOCK_N=c.BLOCK_N, WAITS="first", IS_ALONE=tiling.programs <= MULTIPROCESSORS,
         AHEAD=min(c.SEGMENT, (1 << 17) // (_block(max(D, DV)) * k_cache.element_size())) if overlaps() else 0,
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32", HAS_TALL=tiling.has_tall, HAS_LEFT=left >= 0, HAS_RIGHT=right >= 0,
         HAS_CAP=softcap > 0, HAS_SINK=sinks is not None, HAS_ALIBI=alibi_slopes is not None, HAS_TREE=tree_mask is not None, HAS_SCALE=is_scaled,
@@ -294,6 +300,7 @@ def attention_out(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor,
     arguments = *tensors, k_scale, v_scale, *factors, *strides, wide(k_scale, 0), wide(v_scale, 0), *extents, *sections
     if None not in boxes and not launch.HAS_TALL and not launch.HAS_CAP:         # whose tanh costs the 48 dead rows of a tile more than it spares
         registers = 136 if launch.IS_ALONE else 128          # with 128 two programs may share a multiprocessor while others idle
+        launch = launch._replace(WAITS="last" if tiling.has_tall else "between" if ready else "first")
         _attention_short_kernel[(tiling.programs,)](*boxes, *arguments, C=launch, num_warps=4, maxnreg=registers, **overlapping)
         return
     _attention_kernel[(tiling.programs,)](

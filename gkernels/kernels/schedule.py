@@ -8,7 +8,7 @@ Graph-safe: R + 1 programs; all else is read from device memory. Pads are filled
 
 The work list, int32 [rows, RECORD], in sections whose places follow from the capacities (`sections`):
   header  number of tall items, of short requests, of fills; segments a run; whether spans are tall items of their own; number of runs, and of
-          programs that begin with runs while others take tall items
+          programs that begin with runs while others take tall items, or of those that leave tall items at once where these have a launch of their own
   fills   token ranges that attention only fills: pads and unused requests with zeros, bad lengths with NaN
   short   the requests of few rows. Their segments, counted through request, KV head, tile and segment, are the ordinals that runs cut
   runs    for each run a copy of the short request that it begins in, its index, and the ordinal; a program streams up to the next run's ordinal
@@ -42,7 +42,8 @@ def _pick(values, mine):
     return tl.sum(tl.where(mine, values, 0))
 
 
-@triton.jit(do_not_specialize=["T", "R", "W", "N", "left", "num_runs", "tall_slots", "fills_at", "short_at", "runs_at", "tall_at", "stride_br"],
+@triton.jit(do_not_specialize=["T", "R", "W", "N", "left", "programs", "tall_programs", "num_runs", "tall_slots", "fills_at", "short_at", "runs_at",
+                                "tall_at", "stride_br"],
             do_not_specialize_on_alignment=["num_tokens_ptr"])
 def _schedule_kernel(
     query_start_loc_ptr,    # [R + 1]
@@ -56,10 +57,10 @@ def _schedule_kernel(
     work_ptr,               # [rows, RECORD]
     status_ptr,             # [R]
     stride_br,
-    T, R, W, N, left, num_runs, tall_slots, fills_at, short_at, runs_at, tall_at,
+    T, R, W, N, left, programs, tall_programs, num_runs, tall_slots, fills_at, short_at, runs_at, tall_at,
     P: tl.constexpr, K: tl.constexpr, SHORT_ROWS: tl.constexpr, TALL_ROWS: tl.constexpr, SHORT_LIMIT: tl.constexpr, SEGMENT: tl.constexpr,
     SPAN: tl.constexpr, RECORD: tl.constexpr, RUN_SPANS: tl.constexpr, IS_CAUSAL: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_TALL: tl.constexpr,
-    SHARES: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_T: tl.constexpr, OVERLAPS: tl.constexpr,
+    APART: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_T: tl.constexpr, OVERLAPS: tl.constexpr,
 ):
     wait_for_node_before(OVERLAPS)
     r = tl.program_id(0)
@@ -80,7 +81,10 @@ def _schedule_kernel(
 
     # attention's share of every request: which list, how many ordinals or items, and what comes before
     works = good & (query_lens > 0)
-    is_tall = works & (query_lens > SHORT_LIMIT) & HAS_TALL
+    # Of several tiles of short rows each reads all keys, a tall one reads them once; but short ones are cut finer. So where tall tiles are enough for
+    # all programs, a request that would be several short tiles is tall.
+    is_many = tl.sum((works & (query_lens > SHORT_ROWS)).to(tl.int32)) * K >= programs
+    is_tall = works & (query_lens > tl.where(is_many, SHORT_ROWS, SHORT_LIMIT)) & HAS_TALL
     is_short = works & (is_tall == 0)
     first_key = tl.maximum(lens - query_lens - left, 0) if HAS_LEFT else tl.zeros((BLOCK_R,), tl.int32)
     first_segment = first_key // SEGMENT
@@ -92,18 +96,25 @@ def _schedule_kernel(
     items = tiles * tl.where(is_split, spans, 1)
     is_fill = is_request & (query_lens > 0) & (works == 0)
     total, num_tall = tl.sum(ordinals), tl.sum(items)
-    # Where both are in one launch: a segment of a short request takes a program about as long as one of a tall tile, 22 us where all stream, 8 where
-    # few do, against 11. So short requests get that share of the programs, for memory and tensor cores to work side by side; the others end with what
-    # is left of the runs. Where most is short, memory decides the end, and one run each leaves the fewest ends to fold; else runs come in whole
-    # rounds of those programs.
-    streams, shares = 0, num_runs
-    if SHARES:
-        programs = num_runs // 2
+    streams, shares = 0, programs
+    if HAS_TALL:
         in_sight = tl.maximum(lens - query_lens // 2, 1)                           # keys, of a row in the middle
         tall_segments = tl.sum((tiles * (tl.cdiv(in_sight, SEGMENT) - first_segment)).to(tl.int64)) * K
-        streams = (total.to(tl.int64) * programs // tl.maximum(total + tall_segments, 1)).to(tl.int32)
-        rounds = tl.where(total > tall_segments, 1, num_runs // tl.maximum(streams, 1))
-        shares = tl.where(num_tall > 0, rounds * tl.maximum(streams, 1), programs)
+        if APART:
+            # On the H200 a tall tile takes a multiprocessor 7.3 us a segment and 4.8 besides, and a segment of a short request 5.5 where few programs
+            # stream, 8.2 where all do and memory is what they wait for. So where tall items are most of it, they leave short requests their share of
+            # the multiprocessors, and both end together; else they take them all for a short while, or runs that begin behind them would end last.
+            tall_work, short_work = 12 * tall_segments + 8 * tl.sum(tiles) * K, 9 * total.to(tl.int64)
+            takers = tl.cdiv(tall_programs * tall_work, tl.maximum(tall_work + short_work, 1)).to(tl.int32)
+            streams = tl.where(3 * tall_work > 2 * short_work, tall_programs - takers, 0)
+        else:
+            # A segment of a short request takes a program about as long as one of a tall tile, 22 us where all stream, 8 where few do, against 11. So
+            # short requests get that share of the programs, for memory and tensor cores to work side by side; the others end with what is left of the
+            # runs. Where most is short, memory decides the end, and one run each leaves the fewest ends to fold; else runs come in whole rounds of
+            # those programs.
+            streams = (total.to(tl.int64) * programs // tl.maximum(total + tall_segments, 1)).to(tl.int32)
+            rounds = tl.where(total > tall_segments, 1, num_runs // tl.maximum(streams, 1))
+            shares = tl.where(num_tall > 0, rounds * tl.maximum(streams, 1), programs)
     run = tl.maximum(tl.cdiv(total, shares), 1)
     exact = run
     for align in tl.static_range(4):                                               # aligned runs cut fewer spans; at most a fifteenth longer
@@ -213,7 +224,7 @@ class Tiling:
     kv_heads: int
     short_rows: int          # query rows of a short request's tile
     tall_rows: int           # and of a tall one's
-    short_limit: int         # a request of more rows is tall
+    short_limit: int         # a request of more rows is tall, and one of more than short_rows where those are many
     has_tall: bool           # false where capacities leave no room for such requests
     segment: int             # tokens
     span: int                # segments
@@ -287,10 +298,10 @@ def schedule_out(query_start_loc: torch.Tensor, seq_lens: torch.Tensor, block_ta
     c = config(R)
     _schedule_kernel[(R + 1,)](
         query_start_loc, seq_lens, block_table, out.positions, out.slot_mapping, out.token_to_request, out.last_token, out.num_tokens,
-        out.work, out.status, block_table.stride(0), T, R, block_table.shape[1], num_pages, tiling.left, tiling.runs, tiling.tall_slots, *sections,
-        P=page_size, K=tiling.kv_heads, SHORT_ROWS=tiling.short_rows, TALL_ROWS=tiling.tall_rows, SHORT_LIMIT=tiling.short_limit,
-        SEGMENT=tiling.segment, SPAN=tiling.span, RECORD=RECORD, RUN_SPANS=RUN_SPANS, IS_CAUSAL=tiling.causal, HAS_LEFT=tiling.left >= 0,
-        HAS_TALL=tiling.has_tall, SHARES=tiling.has_tall and not tiling.tall_programs, BLOCK_R=c.BLOCK_R, BLOCK_T=c.BLOCK_T,
+        out.work, out.status, block_table.stride(0), T, R, block_table.shape[1], num_pages, tiling.left, tiling.programs, tiling.tall_programs,
+        tiling.runs, tiling.tall_slots, *sections, P=page_size, K=tiling.kv_heads, SHORT_ROWS=tiling.short_rows, TALL_ROWS=tiling.tall_rows,
+        SHORT_LIMIT=tiling.short_limit, SEGMENT=tiling.segment, SPAN=tiling.span, RECORD=RECORD, RUN_SPANS=RUN_SPANS, IS_CAUSAL=tiling.causal,
+        HAS_LEFT=tiling.left >= 0, HAS_TALL=tiling.has_tall, APART=tiling.tall_programs > 0, BLOCK_R=c.BLOCK_R, BLOCK_T=c.BLOCK_T,
         num_warps=c.num_warps, **overlap())
 
 

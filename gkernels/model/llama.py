@@ -77,7 +77,7 @@ class Llama:
             ops.rotary_kv_write(q, k, v, plan.positions, self.cos_sin, plan.slot_mapping, k_cache, v_cache, rotated,
                                 q_norm=layer.q_norm, k_norm=layer.k_norm, eps=eps, num_tokens=n)
         attended = torch.empty_like(rotated)
-        ops.attention_out(rotated, k_cache, v_cache, block_table, plan.work, workspace, attended)
+        ops.attention_out(rotated, k_cache, v_cache, block_table, plan.work, workspace, attended, ready=True)
         return self.add(attended.view(T, H * D), layer.o, layer.o_bias, residual, layer.post_norm, n)
 
     def feed_forward(self, x: torch.Tensor | ops.Scaled, residual: torch.Tensor, layer: LayerWeights, next_norm: torch.Tensor,
