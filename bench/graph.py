@@ -16,6 +16,7 @@ import statistics
 import time
 from collections import Counter
 
+import numpy as np
 import torch
 
 from bench import harness, plot
@@ -41,7 +42,8 @@ def batch(n, context=CONTEXT, requests=REQUESTS):
     lens.append(n - len(lens))
     pages = iter(range(1, 1 + sum(-(-max(context, tokens) // PAGE) for tokens in lens)))
     own = [tuple(next(pages) for _ in range(-(-max(context, tokens) // PAGE))) for tokens in lens]
-    return [Row([17 + i] * tokens, max(context, tokens), its, GREEDY) for i, (tokens, its) in enumerate(zip(lens, own, strict=True))]
+    ids = lambda i, tokens: [17 + i] if tokens == 1 else np.full(tokens, 17 + i, np.int32)       # as an engine has them
+    return [Row(ids(i, tokens), max(context, tokens), its, GREEDY) for i, (tokens, its) in enumerate(zip(lens, own, strict=True))]
 
 
 def trace(steps=STEPS, most=MOST, requests=REQUESTS, seed=0):

@@ -83,10 +83,11 @@ class PaperStep:
     def stage(self, rows, turns):
         pages = [page for row in rows for page in row.pages]
         assert len(pages) == len(set(pages)) and 0 not in pages, "a page is shared, or the null page is used"
-        assert len(rows) <= self.max_requests and sum(len(row.token_ids) for row in rows) <= self.max_tokens and all(row.token_ids for row in rows)
+        lens = [len(row.token_ids) for row in rows]
+        assert len(rows) <= self.max_requests and sum(lens) <= self.max_tokens and all(lens)
         for row in rows:
             assert row.seq_len <= len(row.pages) * self.page_size and len(row.pages) <= self.width
-            for at, token in enumerate(row.token_ids, row.seq_len - len(row.token_ids)):
+            for at, token in enumerate(map(int, row.token_ids), row.seq_len - len(row.token_ids)):
                 self.slots[row.pages[at // self.page_size], at % self.page_size] = token
         self.rows, self.lines, self.flags, self.lens = rows, [], [0] * len(rows), [row.seq_len for row in rows]
         self.left[0], self.running[0] = turns, len(rows)

@@ -3,6 +3,7 @@
 import itertools
 import time
 from contextlib import nullcontext
+from types import SimpleNamespace
 from unittest.mock import Mock
 
 import numpy as np
@@ -337,7 +338,15 @@ rows_of = {"x": numbers, "starts": numbers, "table": lines.filter(lambda rows: l
 again = [{"x": (values, steady), "table": ((values,), steady)} for values, steady in (((0,), True), ((1,), False), ((0,), True)) for _ in range(2)]
 
 
-@pytest.mark.parametrize("kind", [StaticBuffers, TwoBlocks])
+class AtOnce(StaticBuffers):
+    def stage(self, name, values, steady=False):
+        if steady:
+            self.stage_steady({name: values})
+        else:
+            super().stage(name, values)
+
+
+@pytest.mark.parametrize("kind", [StaticBuffers, TwoBlocks, AtOnce])
 @given(rounds=st.lists(st.fixed_dictionaries({}, optional={name: st.tuples(values, st.booleans()) for name, values in rows_of.items()}), max_size=8))
 @settings(max_examples=100)
 @example(again)
@@ -457,7 +466,56 @@ def test_staging_waits_for_a_block(monkeypatch):
         buffers.stage("x", [value])
         buffers.upload()
         got.append(buffers["x"].clone())
-    assert [x.item() for x in got] == [*range(40)] and slept and max(slept) <= 1e-3
+    assert [x.item() for x in got] == [*range(40)] and slept and max(slept) <= 5e-3
+
+
+class Device:
+    """What takes uploads in turn, one when its step before has ended, by a clock that only sleeps and stages move."""
+
+    def __init__(self, monkeypatch, buffers):
+        self.clock, self.free, self.idle, self.arrived, self.naps, self.asked = 0.0, 0.0, 0.0, [], 0, 0
+        self.buffers = buffers
+        monkeypatch.setattr("gkernels.graph.buffers.time", SimpleNamespace(sleep=self.sleep, monotonic=lambda: self.clock))
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(query=self.query))
+        buffers._arrivals, buffers._waited, buffers._sent = self, (0.0, 0), 0
+
+    def __getitem__(self, i):
+        return sum(at <= self.clock for at in self.arrived)
+
+    def sleep(self, seconds):
+        self.clock, self.naps = self.clock + seconds + 6e-5, self.naps + 1
+
+    def query(self):
+        self.asked += 1
+        if self.asked > 3:
+            raise RuntimeError("the device has failed")
+
+    def step(self, seconds):
+        self.clock += 1e-4                                                 # the host's own
+        self.buffers.stage("x", [1])
+        assert self[0] >= self.buffers._serials[self.buffers._turn][0], "a block is written that is still to be read"
+        self.buffers.upload()
+        self.idle += max(self.clock - self.free, 0)
+        self.arrived.append(max(self.clock, self.free))
+        self.free = self.arrived[-1] + seconds
+
+
+@pytest.mark.parametrize("seconds, naps", [([1e-3] * 300, 0.8), ([7e-3] * 300, 2.5), ([1e-3, 7e-3, 1e-3] * 100, 1.5), ([2e-4] * 300, 0.4),
+                                           (([7e-3] * 50 + [1e-3] * 50) * 3, 2.0)], ids=["decode", "prefill", "mixed", "short", "phases"])
+def test_a_host_that_is_ahead_naps_seldom_and_keeps_its_device_busy(monkeypatch, seconds, naps):
+    device = Device(monkeypatch, StaticBuffers({"x": Field((1,))}, "cpu"))
+    for step in seconds:
+        device.step(step)
+    assert device.naps <= naps * len(seconds) and not device.asked
+    assert device.idle < 0.01 * sum(seconds)
+
+
+def test_a_device_that_has_failed_is_told(monkeypatch):
+    device = Device(monkeypatch, StaticBuffers({"x": Field((1,))}, "cpu"))
+    device.step(float("inf"))
+    with pytest.raises(RuntimeError, match="the device has failed"):
+        for _ in range(StaticBuffers.BLOCKS + 1):
+            device.step(1.0)
 
 
 def test_arrays_stage_like_lists(device):

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+import numpy as np
+
 from .sampling import Sampling
 
 
@@ -22,12 +24,16 @@ class Request:
     finish_reason: str | None = None       # "stop", "length", "cancelled" or "error: ..."
     error: Exception | None = None         # what its allowed_tokens raised
 
-    def next_tokens(self, n: int) -> list[int]:
+    def __post_init__(self):
+        self._prompt = np.array(self.prompt, dtype=np.int32)      # of which a step takes a part in 0.2 us, and of a list in 60 ns a token
+
+    def next_tokens(self, n: int) -> list[int] | np.ndarray:
         """The n tokens after those that are computed."""
         start = self.computed - len(self.prompt)
         if start >= 0:                     # as of all that decode
             return self.output[start:start + n]
-        return self.prompt[self.computed:self.computed + n] + self.output[:max(start + n, 0)]
+        ids = self._prompt[self.computed:self.computed + n]
+        return ids if start + n <= 0 else np.append(ids, self.output[:start + n])
 
     @property
     def length(self) -> int:

@@ -26,7 +26,7 @@ class Row(NamedTuple):        # so that 32 of them become columns in 2 us; read 
     """One request's share of a step: the tokens to compute, all of its length afterwards, its pages, and how to draw the next token. Where it
     `emits`, its tokens complete what is known of the sequence, so that the token drawn is the next; `slot` is then its line in the tables."""
 
-    token_ids: Sequence[int]
+    token_ids: Sequence[int] | np.ndarray       # of many, an array takes 2 us where a list takes 60 ns a token
     seq_len: int
     pages: Sequence[int]                # a tuple is looked at again only where another takes its place
     sampling: Sampling = Sampling()
@@ -100,12 +100,14 @@ class Step:
             drawn = zip(*options, strict=True) if rows else [()] * len(COLUMNS)
             self._options, self._drawn = options, dict(zip(COLUMNS, drawn, strict=True))
         self._tables = tables
-        steady = dict(token_ids=tuple(chain.from_iterable(token_ids)), query_start_loc=tuple(accumulate(lens, initial=0)), block_table=tables,
+        steady = dict(query_start_loc=tuple(accumulate(lens, initial=0)), block_table=tables,
                       seq_lens=seq_lens, generated=generated, running=(len(rows),), turns=(turns,), emits=emits, slots=slots, max_lens=max_lens,
                       stop_ids=ends, **self._drawn)
-        stage = self.buffers.stage
-        for name, values in steady.items():
-            stage(name, values, steady=True)
+        if tokens == len(rows):
+            steady["token_ids"] = tuple(chain.from_iterable(token_ids))
+        else:
+            self.buffers.stage("token_ids", np.concatenate(token_ids))
+        self.buffers.stage_steady(steady)
         self.buffers.upload()
         if turns:                                      # a single step is read without the ring; and behind a busy device a memset costs 50 us
             self._fresh.zero_()
