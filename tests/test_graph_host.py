@@ -13,6 +13,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from gkernels.graph import Buckets, Field, GraphRunner, StaticBuffers
+from gkernels.graph.buffers import LONGEST_NAP
 from tests.close import assert_same
 
 sizes = st.lists(st.integers(1, 600), min_size=1, max_size=8)
@@ -466,7 +467,7 @@ def test_staging_waits_for_a_block(monkeypatch):
         buffers.stage("x", [value])
         buffers.upload()
         got.append(buffers["x"].clone())
-    assert [x.item() for x in got] == [*range(40)] and slept and max(slept) <= 5e-3
+    assert [x.item() for x in got] == [*range(40)] and slept and max(slept) <= LONGEST_NAP
 
 
 class Device:

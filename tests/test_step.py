@@ -2,6 +2,7 @@
 
 from functools import lru_cache
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -71,7 +72,8 @@ def check_batches(kind, device, batches):
         for request, option, n, is_tuple in chosen:
             own = tuple(pages[request]) if is_tuple else pages[request]
             seq_len = min(n + option, len(own) * PAGE)
-            rows.append(Row([20 + request] * n, seq_len, own, OPTIONS[option], n == 1, option, MAX_LEN, (2, 3)[:option], request % REQUESTS))
+            ids = np.full(n, 20 + request, np.int32) if option % 2 else [20 + request] * n
+            rows.append(Row(ids, seq_len, own, OPTIONS[option], n == 1, option, MAX_LEN, (2, 3)[:option], request % REQUESTS))
         if any(0 in row.pages for row in rows):
             for _ in range(2):
                 with pytest.raises(ValueError, match=r"Step: rows\[\d\]: got . tokens, .* none of them page 0"):
@@ -117,6 +119,14 @@ class Sound(Step):
     def stage(self, rows, turns=1):
         self._tables = tuple(tuple(row.pages) for row in rows)
         return super().stage([row._replace(pages=own) for row, own in zip(rows, self._tables, strict=True)], turns)
+
+
+@pytest.mark.parametrize("ids", [[5], [5, 6]])
+def test_a_token_of_more_than_32_bits_raises(device, ids):
+    """Cut to 32 it would be another token."""
+    step = made(Step, device)
+    with pytest.raises(OverflowError):
+        step.stage([Row([*ids[1:], 2**32 + 5], len(ids), (1,))])
 
 
 @pytest.mark.parametrize("kind, changes, row", [(ByList, [(0, 1, 5)], (0, 0, 4, False)), (ByList, [(0, 0, 5)], (0, 0, 4, False)),

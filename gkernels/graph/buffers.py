@@ -24,7 +24,7 @@ from .buckets import Buckets
 from .capture import GraphRunner
 
 PATIENCE = 0.05      # seconds until a host that waits asks whether its device has failed
-LONGEST_NAP = 5e-3
+LONGEST_NAP = 5e-3   # and that it sleeps at once
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ class Row(NamedTuple):        # so that 32 of them become columns in 2 us; read 
     """One request's share of a step: the tokens to compute, all of its length afterwards, its pages, and how to draw the next token. Where it
     `emits`, its tokens complete what is known of the sequence, so that the token drawn is the next; `slot` is then its line in the tables."""
 
-    token_ids: Sequence[int] | np.ndarray       # of many, an array takes 2 us where a list takes 60 ns a token
+    token_ids: Sequence[int] | np.ndarray       # of many, best an array of int32: a list takes 60 ns a token
     seq_len: int
     pages: Sequence[int]                # a tuple is looked at again only where another takes its place
     sampling: Sampling = Sampling()
@@ -106,7 +106,7 @@ class Step:
         if tokens == len(rows):
             steady["token_ids"] = tuple(chain.from_iterable(token_ids))
         else:
-            self.buffers.stage("token_ids", np.concatenate(token_ids))
+            self.buffers.stage("token_ids", np.concatenate([np.asarray(ids, np.int32) for ids in token_ids]))      # a list with more bits raises
         self.buffers.stage_steady(steady)
         self.buffers.upload()
         if turns:                                      # a single step is read without the ring; and behind a busy device a memset costs 50 us
