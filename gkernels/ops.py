@@ -96,12 +96,14 @@ silu_and_mul = _register(
     "silu_and_mul(Tensor x, Tensor? num_tokens=None) -> Tensor", activation.silu_and_mul,
     lambda x, num_tokens=None: x.new_empty(x.shape[0], x.shape[1] // 2))
 linear_out = _register(
-    "linear_out(Tensor x, Tensor weight, Tensor(a!) out, Tensor? bias=None, Tensor? num_tokens=None, *, bool invariant=False) -> ()",
+    "linear_out(Tensor x, Tensor weight, Tensor(a!) out, Tensor? bias=None, Tensor? num_tokens=None, *, bool invariant=False, "
+    "bool ready=False) -> ()",
     _linear.linear_out)
 linear = _register(
-    "linear(Tensor x, Tensor weight, Tensor? bias=None, Tensor? num_tokens=None, ScalarType? dtype=None, *, bool invariant=False) -> Tensor",
+    "linear(Tensor x, Tensor weight, Tensor? bias=None, Tensor? num_tokens=None, ScalarType? dtype=None, *, bool invariant=False, "
+    "bool ready=False) -> Tensor",
     _linear.linear,
-    lambda x, weight, bias=None, num_tokens=None, dtype=None, invariant=False: x.new_empty(x.shape[0], weight.shape[0], dtype=dtype or x.dtype))
+    lambda x, weight, bias=None, num_tokens=None, dtype=None, **options: x.new_empty(x.shape[0], weight.shape[0], dtype=dtype or x.dtype))
 
 
 def _scale_tensors(x, weight, scaled_x, squares, num_tokens=None):

@@ -46,7 +46,7 @@ def with_capacity(launch, n):
 def report(launch):
     """What becomes of the kernel: registers, spilled bytes, shared memory, local memory and the width of its loads and stores."""
     compiled = launch.compile()
-    streams = launch.kernel.__name__.endswith("_streamed_kernel")                  # whose boxes are a weight's, which no node writes
+    streams = launch.kernel.__name__.endswith("_streamed_kernel")                  # whose first boxes are a weight's, which no node writes
     waits = launch.bound.get("WAITS") or getattr(launch.bound.get("C"), "WAITS", "first")
     check = {"first": functools.partial(early_accesses, copies_weights=streams), "between": early_in_fetching, "last": early_in_follower}[waits]
     early = {"early": check(compiled.asm["ptx"])} if launch.options.get("launch_pdl") else {}
@@ -56,15 +56,22 @@ def report(launch):
 def early_accesses(ptx, copies_weights=False):
     """What a kernel that may start before the node ahead ends does too early: accesses of memory before griddepcontrol.wait, and a wait that
     does not stand in the entry block, so that a path may miss it. A prefetch brings nothing into the program; nor does a load past the L1 of which
-    nothing is used after the wait. copies_weights: whether boxes that the hardware copies are none that a node writes."""
+    nothing is used after the wait. copies_weights: whether the first argument's boxes, which the hardware copies, are none that a node writes."""
     if "setmaxnreg" in ptx:
-        return early_in_partitions(re.sub(r"cp\.async\.bulk\.tensor[^;]*;", "nop;", ptx) if copies_weights else ptx)
+        return early_in_partitions(without_copies_of_first(ptx) if copies_weights else ptx)
     entry, wait, rest = ptx.partition("griddepcontrol.wait")
     branches = re.findall(r"^\s*(?:@!?%p\d+ )?(?:bra|ret|exit)\b.*|^\$L__BB\w+:", entry.partition("{")[2], re.MULTILINE)
     accesses = re.findall(r"\b(?:ld|st|atom|red|cp\.async|cp\.reduce)\.[\w.:]*global[\w.:]*", entry)
     early = [access for access in accesses if not access.startswith("ld.global.cg.")]
     early += [f"{register}, a hint that is used after," for register in sorted(hinted(entry) & set(re.findall(r"%\w+", rest)))]
     return (early + [line.strip() for line in branches]) if wait else ["no griddepcontrol.wait"]
+
+
+def without_copies_of_first(ptx):
+    """The same without the copies of boxes that the first argument describes."""
+    first = re.search(r"mov\.b64\s+(%rd\d+), \w+_param_0;", ptx)[1]
+    described = re.search(rf"cvta\.param\.u64\s+(%rd\d+), {first};", ptx)[1]
+    return re.sub(rf"cp\.async\.bulk\.tensor[^;]*\[{described}, [^;]*;", "nop;", ptx)
 
 
 def early_in_partitions(ptx):

@@ -5,6 +5,8 @@ import triton
 import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra import cuda
 
 
@@ -105,6 +107,25 @@ def _early_half_kernel(x_ptr, MODE: gl.constexpr):
 
 
 @gluon.jit
+def _copy(boxes, to, MODE: gl.constexpr, name: gl.constexpr):
+    barrier = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
+    mbarrier.init(barrier.index(0), count=1)
+    if MODE != name:
+        cuda.gdc_wait()
+    mbarrier.expect(barrier.index(0), 16 * 128)
+    tma.async_copy_global_to_shared(boxes, [0, 0], barrier.index(0), to)
+    mbarrier.wait(barrier.index(0), 0)
+    cuda.gdc_wait()
+
+
+@gluon.jit
+def _copying_streamed_kernel(first_boxes, second_boxes, MODE: gl.constexpr):
+    first = gl.allocate_shared_memory(first_boxes.dtype, first_boxes.block_shape, first_boxes.layout)
+    second = gl.allocate_shared_memory(second_boxes.dtype, second_boxes.block_shape, second_boxes.layout)
+    gl.warp_specialize([(_copy, (first_boxes, first, MODE, "first")), (_copy, (second_boxes, second, MODE, "second"))], [1], [24])
+
+
+@gluon.jit
 def _store_beside(x, MODE: gl.constexpr):
     if MODE != "no fence":
         tl.inline_asm_elementwise("fence.acq_rel.gpu; mov.u32 $0, 0;", "=r", [], dtype=tl.int32, is_pure=False, pack=1)
@@ -156,6 +177,11 @@ def overlap_halves(x, mode):
     _early_half_kernel[(4,)](x, MODE=mode, launch_pdl=True)
 
 
+def copy(x, mode):
+    boxes = TensorDescriptor(x, [16384 // 32, 32], [32, 1], [16, 32], gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=32, rank=2))
+    _copying_streamed_kernel[(1,)](boxes, boxes, MODE=mode, launch_pdl=True)
+
+
 def follow(x, mode):
     _following_kernel[(4,)](x, MODE=mode, WAITS="last", launch_pdl=True)
 
@@ -174,5 +200,7 @@ def all_calls(device, dtypes=(torch.float32,)):
             yield f"overlap {mode}", overlap, (x, mode)
         for mode in ("halves wait", "one half waits", "half unused", "half hint"):
             yield f"overlap {mode}", overlap_halves, (x, mode)
+        for mode in ("good", "first", "second"):
+            yield f"copying {mode}", copy, (x, mode)
         for mode in ("good", "no fence", "no end"):
             yield f"following {mode}", follow, (x, mode)

@@ -176,6 +176,9 @@ def linear(device, dtype):
     weight, index = torch.zeros(MANY, 128, dtype=dtype, device=device), torch.zeros(60, dtype=torch.int32, device=device)
     logits = partial(linear.norm_linear_out, index=index)
     yield "norm logits", logits, (scaled(64, 128, dtype, device), weight, 1e-5, torch.empty(60, MANY, device=device))
+    if _check.capability() // 10 == 9 and dtype != torch.float32:
+        for T, D in ((1, 128), (17, 128), (60, 64), (64, 128)):
+            yield from streamed("plain", T, D, device, dtype)
 
 
 def quantised(kind, N, K, device):
@@ -217,16 +220,25 @@ def linear_quantized(device, dtype):
         places = tensor(T, dtype=torch.int32), tensor(33, 128, dtype=torch.float32), torch.arange(T, device=device)
         given = scaled(T, 2048, dtype, device), quantised(kind, 512, 2048, device), 1e-5, *places, *tensor(2, 4, 16, 1, 128), tensor(T, 2, 128)
         yield f"{kind} qkv T{T}", split, (qkv.norm_qkv, workspace, *given, None, norm[:128], norm[:128], n)
-    if _check.capability() // 10 == 9 and dtype != torch.float32:                  # what a program of several kinds of warps streams
+    if _check.capability() // 10 == 9 and dtype != torch.float32:
         for kind, T in (("fp8 row", 1), ("fp8 block", 16), ("int4 128", 1), ("int4 128", 16), ("int4 256", 2)):
-            norm, left = tensor(4096), scaled(T, 4096, dtype, device)
-            yield f"streamed {kind} residual T{T}", split, (partial(linear.linear_residual, norm=norm, scaled=left), workspace, tensor(T, 2048),
-                                                            quantised(kind, 4096, 2048, device), tensor(T, 4096), tensor(4096), n)
-            yield f"streamed {kind} gate_up T{T}", gate_up.norm_gate_up_out, (scaled(T, 5120, dtype, device), quantised(kind, 17408, 5120, device),
-                                                                              1e-5, tensor(T, 8704), None, n)
-            places = tensor(T, dtype=torch.int32), tensor(33, 128, dtype=torch.float32), torch.arange(T, device=device)
-            given = scaled(T, 2048, dtype, device), quantised(kind, 3072, 2048, device), 1e-5, *places, *tensor(2, 4, 16, 2, 128), tensor(T, 20, 128)
-            yield f"streamed {kind} qkv T{T}", split, (qkv.norm_qkv, workspace, *given, None, None, None, n)
+            yield from streamed(kind, T, 128, device, dtype)
+
+
+def streamed(kind, T, D, device, dtype):
+    """Nodes whose weight a warp of its own streams on Hopper; D: of the heads."""
+    from gkernels.kernels import gate_up, linear, qkv
+    tensor, heads = lambda *shape, dtype=dtype: torch.zeros(shape, dtype=dtype, device=device), 3072 // D
+    workspace, n = linear.Workspace.allocate(device), counter(1, device)
+    weight = (lambda N, K: tensor(N, K)) if kind == "plain" else lambda N, K: quantised(kind, N, K, device)
+    norm, left = tensor(4096), scaled(T, 4096, dtype, device)
+    yield f"streamed {kind} residual T{T}", split, (partial(linear.linear_residual, norm=norm, scaled=left), workspace, tensor(T, 2048),
+                                                    weight(4096, 2048), tensor(T, 4096), tensor(4096), n)
+    yield f"streamed {kind} gate_up T{T}", gate_up.norm_gate_up_out, (scaled(T, 5120, dtype, device), weight(17408, 5120), 1e-5, tensor(T, 8704),
+                                                                      None, n)
+    places = tensor(T, dtype=torch.int32), tensor(33, D, dtype=torch.float32), torch.arange(T, device=device)
+    given = scaled(T, 2048, dtype, device), weight(3072, 2048), 1e-5, *places, *tensor(2, 4, 16, 2, D), tensor(T, heads - 4, D)
+    yield f"streamed {kind} qkv D{D} T{T}", split, (qkv.norm_qkv, workspace, *given, None, None, None, n)
 
 
 def split(function, workspace, *arguments):

@@ -222,6 +222,12 @@ def test_control_warps_that_do_not_wait_are_caught(bad_report):
         assert_waits(case(bad_report, "overlap half hint"))
 
 
+def test_control_boxes_that_are_no_weights_are_caught(bad_report):
+    assert_waits(case(bad_report, "copying good") + case(bad_report, "copying first"))
+    with pytest.raises(AssertionError, match=r"copying second _copying_streamed_kernel: cp\.async\.bulk\.tensor\S* before griddepcontrol.wait"):
+        assert_waits(case(bad_report, "copying second"))
+
+
 @pytest.mark.parametrize("mode, words", [("no fence", r"st\.global\S*"), ("no end", "no wait at the end, .*")])
 def test_control_a_node_beside_the_one_ahead_is_caught(bad_report, mode, words):
     assert_waits(case(bad_report, "following good"))

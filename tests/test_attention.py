@@ -721,7 +721,8 @@ def test_the_next_node_finds_what_both_own_launches_wrote(device):
 
 @triton.jit
 def _late_copy_kernel(from_ptr, to_ptr, n, NANOSECONDS: tl.constexpr, BLOCK: tl.constexpr):
-    """Lets the next node start, then waits, then copies."""
+    """Lets the next node start, then waits, then copies. Beside programs without shared memory a multiprocessor sets little of it aside: the next
+    node's programs start where there are none of these."""
     cuda.gdc_wait()
     cuda.gdc_launch_dependents()
     start = cuda.globaltimer()
@@ -754,7 +755,7 @@ def attend_behind_a_late_copy(device, ready, late):
 
     def step(ready, between=lambda: None):
         flat.copy_(stale)
-        _late_copy_kernel[(132,)](fresh, flat, len(flat), NANOSECONDS=30_000, BLOCK=1024, launch_pdl=True)
+        _late_copy_kernel[(32,)](fresh, flat, len(flat), NANOSECONDS=30_000, BLOCK=8192, launch_pdl=True)
         between()
         room.attention_out(*parts(flat), table, plan.work, workspace, out, tiling=cut, ready=ready)
 

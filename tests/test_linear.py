@@ -322,10 +322,11 @@ def test_config_fixes_the_k_order_and_fits_the_chip(monkeypatch, dtype, is_split
     for N, K in ((1, 1), (8, 8), (2048, 2048), (2048, 8192), (3072, 2048), (16384, 2048), (28672, 4096), (4096, 14336), (128256, 4096)):
         fitting = kind if K % (kind.group or 1) == 0 else Kind("int4", K)
         configs = [room.config(T, N, K, dtype, is_split, fitting) for T in takes]
-        assert len({(c.BLOCK_K, c.SPLITS) for c in configs}) == 1
+        assert len({(c.BLOCK_K * c.STEPS, c.SPLITS) for c in configs}) == 1
         streamed = [c for c in configs if c.IS_STREAMED]
-        assert all(c.BLOCK_N == STREAMED_ROWS for c in streamed)
+        assert all(c.BLOCK_N == (64 if kind.name == "plain" else STREAMED_ROWS) for c in streamed)
         configs = [c for c in configs if not c.IS_STREAMED]
+        assert len({c.BLOCK_K for c in configs}) == 1
         assert len({c.BLOCK_N for c in configs}) == 1
         assert all(c.num_stages >= 2 and c.SPLITS * c.STEPS * c.BLOCK_K >= K > (c.SPLITS * c.STEPS - c.STEPS) * c.BLOCK_K for c in configs)
         free = int(fitting.name != "plain" and dtype != torch.float32)         # a stage that mma.sync does not hold in shared memory, as wgmma does

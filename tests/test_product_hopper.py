@@ -49,6 +49,39 @@ def test_other_gpus_and_versions_go_the_other_way(hopper, monkeypatch, arch, has
     assert _tile.streamed(3, 4096, 4096, torch.bfloat16, True, Kind("int4", 128)) is None
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("N, K, splits", [(4096, 4096, True), (4096, 14336, True), (28672, 4096, False), (17408, 5120, True)])
+def test_a_plain_weight_is_cut_as_by_the_other_kernel(hopper, N, K, splits, dtype):
+    for T in range(1, _tile.MOST_TOKENS + 1):
+        other = _tile.tile(T, N, K, dtype, splits)
+        c = _tile.plain_streamed(other, T, dtype, K)
+        assert c.IS_STREAMED and c.STEPS * c.BLOCK_K == other.STEPS * other.BLOCK_K and c.BLOCK_K == 64 and c.LINES == 0
+        assert all(getattr(c, name) == getattr(other, name) for name in ("TILES", "SPLITS", "BLOCK_N", "ROWS", "KIND"))
+        assert c.parts == other.parts and c.BLOCK_M == (8 if T <= 8 else other.BLOCK_M) and c.num_warps == 4
+        is_shared = c.grid(T)[0] > _tile.MULTIPROCESSORS
+        assert ("maxnreg" in c.options()) == is_shared
+        assert 54 << 10 <= c.num_stages * 128 * (c.BLOCK_M + 64) + 256 * c.BLOCK_M <= (112 if is_shared else 216) << 10
+
+
+@pytest.mark.parametrize("change", [dict(T=0), dict(T=65), dict(N=4096 + 32), dict(K=4096 + 64), dict(K=1024), dict(N=2048, K=8192),
+                                    dict(dtype=torch.float32), dict(stride=4100), dict(splits=False), dict(kind=Kind("fp8 row"))], ids=str)
+def test_a_plain_weight_that_cannot_be_streamed_goes_the_other_way(hopper, change):
+    def cut(T, N, K, dtype, splits, stride, kind=PLAIN):
+        c = _tile.tile(T, N, K, dtype, splits, kind=kind)
+        return _tile.plain_streamed(c, T, dtype, stride), c
+
+    given = dict(T=3, N=4096, K=4096, dtype=torch.bfloat16, splits=True, stride=4096)
+    streamed, other = cut(**given)
+    assert streamed.IS_STREAMED and not other.IS_STREAMED
+    streamed, other = cut(**given | change)
+    assert streamed == other
+
+
+def test_linear_alone_streams_what_is_ready(hopper):
+    given = 3, 4096, 4096, torch.bfloat16, True
+    assert linear.config(*given).IS_STREAMED and not linear.config(*given, streams=False).IS_STREAMED
+
+
 def of_both(monkeypatch, launch):
     """What a launch leaves as it is, and without this kernel; launch() returns its outputs."""
     streamed = launch()
@@ -97,43 +130,46 @@ class Case:
         weight = self.weight(kind, 2 * F)
         return lambda: (gate_up.norm_gate_up(self.scaled, weight, 1e-5, self.bias(2 * F), self.num_tokens),)
 
-    def qkv(self, kind, H, KV):
-        weight, generator = self.weight(kind, (H + 2 * KV) * 128), torch.Generator().manual_seed(self.seed)
+    def alone(self, kind, N):
+        weight = self.weight(kind, N)
+        return lambda: (linear.linear(self.x, weight, self.bias(N), self.num_tokens, workspace=self.workspace, ready=True),)
+
+    def qkv(self, kind, H, KV, D=128):
+        weight, generator = self.weight(kind, (H + 2 * KV) * D), torch.Generator().manual_seed(self.seed)
         positions = torch.randint(-1, 40, (self.T,), generator=generator, dtype=torch.int32).to(self.device)       # of 33 that are known
         slots = (torch.randperm(80, generator=generator)[:self.T] - 4).to(self.device)                           # of 64
-        angles = randn(self.seed + 6, 33, 128).to(self.device)
+        angles = randn(self.seed + 6, 33, D).to(self.device)
 
         def launch():
-            q, k_cache = (torch.full(shape, 9.0, device=self.device, dtype=self.dtype) for shape in ((self.T, H, 128), (4, 16, KV, 128)))
+            q, k_cache = (torch.full(shape, 9.0, device=self.device, dtype=self.dtype) for shape in ((self.T, H, D), (4, 16, KV, D)))
             v_cache = k_cache.clone()
-            qkv.norm_qkv(self.scaled, weight, 1e-5, positions, angles, slots, k_cache, v_cache, q, self.bias(len(weight.weight)), None, None,
+            qkv.norm_qkv(self.scaled, weight, 1e-5, positions, angles, slots, k_cache, v_cache, q, self.bias((H + 2 * KV) * D), None, None,
                          self.num_tokens, self.workspace)
             return q, k_cache, v_cache
         return launch
 
 
-rows = dict(seed=st.integers(0, 999), K=st.sampled_from([2048, 8192]), T=st.sampled_from([1, 2, 8, 9, 16]),
-            live=st.sampled_from([None, None, 0, 1, 5]), dtype=st.sampled_from([torch.bfloat16, torch.float16]), has_bias=st.booleans(),
-            kind=st.sampled_from(["fp8 row", "fp8 block", "int4 128", "int4 256", "int4 all"]))
-
-
 @needs_hopper
 @pytest.mark.gpu
-@given(**rows)
-def test_every_node_leaves_the_bits_of_the_other_kernel(kind, seed, K, T, dtype, live, has_bias, device):
+@pytest.mark.parametrize("K, dtype, has_bias", [(2048, torch.bfloat16, False), (8192, torch.float16, True)])
+@pytest.mark.parametrize("kind, tokens", [*((kind, [1, 2, 8, 9, 16]) for kind in ("fp8 row", "fp8 block", "int4 128", "int4 256", "int4 all")),
+                                          ("plain", [1, 2, 8]), ("plain", [9, 16, 17]), ("plain", [33, 64])], ids=str)
+@given(data=st.data(), seed=st.integers(0, 999), live=st.sampled_from([0, 1, 5, 64]))
+def test_every_node_leaves_the_bits_of_the_other_kernel(kind, tokens, K, dtype, has_bias, data, seed, live, device):
+    case = Case(seed, data.draw(st.sampled_from(tokens)), dtype, live, has_bias, device, K)
+    launches = [case.residual(kind, 4096), case.normed(kind, 4096, torch.float32), case.normed(kind, 4096, dtype), case.gate_up(kind, 5632),
+                case.qkv(kind, 20, 2)]
+    if kind == "plain":
+        launches += case.normed(kind, 8512, dtype), case.alone(kind, 4096), case.qkv(kind, 44, 2, 64)
     with pytest.MonkeyPatch.context() as patch:
-        case = Case(seed, T, dtype, live, has_bias, device, K)
-        launches = (case.residual(kind, 4096), case.normed(kind, 4096, torch.float32), case.normed(kind, 4096, dtype), case.gate_up(kind, 5632),
-                    case.qkv(kind, 20, 2))
         for launch in launches:
             assert_same_bits(*of_both(patch, launch))
-        assert not case.workspace.counters.any(), "counters are zeros between launches"
+    assert not case.workspace.counters.any(), "counters are zeros between launches"
 
 
 @needs_hopper
 @pytest.mark.gpu
-@pytest.mark.parametrize("kind", ["fp8 row", "int4 128"])
-@pytest.mark.parametrize("T", [1, 16])
+@pytest.mark.parametrize("kind, T", [("fp8 row", 1), ("fp8 row", 16), ("int4 128", 1), ("int4 128", 16), ("plain", 1), ("plain", 64)])
 def test_many_replays_leave_one_bit_pattern(kind, T, device):
     """Each after another node, with which it overlaps; partial sums are poisoned between."""
     case = Case(7, T, torch.bfloat16, None, False, device, 4096)
@@ -154,6 +190,7 @@ def test_many_replays_leave_one_bit_pattern(kind, T, device):
 @needs_hopper
 @pytest.mark.gpu
 def test_the_nodes_of_8b_are_streamed(device):
-    takes = torch.bfloat16, True, Kind("int4", 128)
-    assert linear.config(1, 4096, 14336, *takes, True).IS_STREAMED and linear.config(16, 4096, 4096, *takes, True).IS_STREAMED
-    assert qkv.config(1, 48, 128, 128, 4096, *takes).IS_STREAMED and gate_up.config(1, 14336, 4096, torch.bfloat16, takes[2]).IS_STREAMED
+    for kind in (Kind("int4", 128), PLAIN):
+        takes = torch.bfloat16, True, kind
+        assert linear.config(1, 4096, 14336, *takes, True).IS_STREAMED and linear.config(16, 4096, 4096, *takes, True).IS_STREAMED
+        assert qkv.config(1, 48, 128, 128, 4096, *takes).IS_STREAMED and gate_up.config(1, 14336, 4096, torch.bfloat16, kind).IS_STREAMED

@@ -10,7 +10,8 @@ Tiles of weight rows, splits and every order of addition follow from (N, K, dtyp
 tile and place. Weights in fp8 and int4 (see _quantized) have the tiles of plain ones, and so leave as many parts of a row's squares.
 
 On Hopper and later the nodes overlap (programmatic dependent launch): a program starts while the node before still runs, asks the L2 for
-weights, which no node writes, and waits for that node's end before anything else is read or written.
+weights, which no node writes, and waits for that node's end before anything else is read or written. There _product_hopper makes most products of
+few rows, which has copied the first weights by then.
 """
 
 from __future__ import annotations

@@ -22,8 +22,10 @@ SHARED_BYTES = {80: 160 << 10, 90: 216 << 10, 100: 216 << 10, 0: 64 << 10}      
 LEAST_SHARED_BYTES = 96 << 10    # of every other GPU since 2020
 MOST_STAGES = 6           # of a program that has a multiprocessor to itself: 8 leave the next node no room, and cost the step of 1B 1 %
 MOST_CONVERTED_STAGES = 12    # of one that converts weights, whose tiles are a half or a quarter as large
-MOST_STREAMED_TOKENS = 16     # of a program of _product_hopper: with 32 it takes more registers than two programs a multiprocessor have
-STREAMED_ROWS = 128           # of its weight's tile
+MOST_STREAMED_TOKENS = 16     # of a program of _product_hopper that converts: with 32 it takes more registers than two a multiprocessor have
+LEAST_STREAMED_STEPS = 16     # of one that does not: with 8, o of 1B, a step of one token takes 3 % longer
+MOST_STREAMED_SPLITS = 2      # of one that does not: with 4, down of 1B, 1 to 2 %
+STREAMED_ROWS = 128           # of a converted weight's tile
 STREAMED_BYTES = 112 << 10    # of shared memory that it may have where two share a multiprocessor
 LEAST_ROWS = 16           # of a tile of 64 whose rows are shared out: 1280 x 8192 takes 128 programs of 40 rows and 7.6 us instead of 80 and 9.3
 MOST_SPLITS = 4           # of one K: 8 gain 4 % at one token where N = 2048 and K = 8192, and lose 15 % at 64, where the last program has more to add
@@ -47,7 +49,7 @@ class Tile(NamedTuple):
     STEPS: int                # blocks of K a program
     EVEN: bool                # no tile passes N or K
     EVEN_K: bool              # none passes K
-    LINES: int                # of 128 bytes that a program asks of each of its weight rows before it waits; 0 where nodes do not overlap
+    LINES: int                # of 128 bytes that a program asks of each weight row before it waits; 0 where no node overlaps, or if IS_STREAMED
     KIND: str                 # of the weight, and for int4 the columns that share a scale: see _quantized.Kind
     GROUP: int
     ROW: int                  # elements of a stored row of the weight
@@ -62,10 +64,11 @@ class Tile(NamedTuple):
     @property
     def parts(self) -> int:
         """Sums of squares that it leaves of a row of N: one for 64 rows, whether they are a tile or half of one."""
-        return self.TILES * (2 if self.IS_STREAMED else 1)
+        return self.TILES * (self.BLOCK_N // 64 if self.IS_STREAMED else 1)
 
     def options(self) -> dict[str, int]:
         if self.IS_STREAMED:
+            # Two a multiprocessor; or one that leaves no register to others: where the next node's start beside it, 1B takes 3 to 11 % longer
             two = {"maxnreg": 128} if self.TILES * self.SPLITS > MULTIPROCESSORS else {}
             return dict(num_warps=self.num_warps, launch_pdl=True) | two
         overlap = {"launch_pdl": True} if self.LINES else {}
@@ -124,6 +127,20 @@ def streamed(T: int, N: int, K: int, dtype: torch.dtype, splits: bool, kind: Kin
     STEPS, stages = K // (BLOCK_K * SPLITS), STREAMED_BYTES // stage + (TILES * SPLITS <= MULTIPROCESSORS)
     return Tile(N, K, TILES, BLOCK_M, STREAMED_ROWS, STREAMED_ROWS, BLOCK_K, SPLITS, False, True, STEPS, True, True, 0, kind.name, kind.group,
                 kind.row(K), True, 4, stages, True)
+
+
+def plain_streamed(c: Tile, T: int, dtype: torch.dtype, stride: int) -> Tile:
+    """The cut of a product of few rows with a plain weight that `_product_hopper` streams: c, of `tile`, in steps of 128 bytes a row; or c itself
+    where it cannot. stride: of x's rows, which come as vectors."""
+    BLOCK_K, is_shared = 128 // dtype.itemsize, c.TILES * c.SPLITS > MULTIPROCESSORS
+    STEPS = c.STEPS * c.BLOCK_K // BLOCK_K
+    if not (_check.HAS_GLUON and _check.capability() // 10 == 9 and c.KIND == "plain" and dtype != torch.float32 and 1 <= T <= MOST_TOKENS and c.EVEN
+            and c.BLOCK_N == 64 and STEPS >= LEAST_STREAMED_STEPS and c.SPLITS <= MOST_STREAMED_SPLITS and stride % 8 == 0):
+        return c
+    BLOCK_M = 8 if T <= 8 else c.BLOCK_M
+    room = (STREAMED_BYTES if is_shared else SHARED_BYTES[90]) - 4 * c.BLOCK_N * BLOCK_M          # where sums change hands
+    stages = min(room // (128 * (BLOCK_M + c.BLOCK_N)), 6 if is_shared else 10)
+    return c._replace(BLOCK_M=BLOCK_M, BLOCK_K=BLOCK_K, STEPS=STEPS, LINES=0, num_warps=4, num_stages=stages, IS_STREAMED=True)
 
 
 def _rows(N, dtype, splits):

@@ -4,6 +4,7 @@ scaled: x = row * norm [T, K] with any row stride, and the rows' squares (see _p
 projection's), which may be Quantized (see _quantized), bias [2F] or None -> out [T, F]. float32 sums; g and u are never rounded, out once.
 Graph-safe: the grid and the tiles depend on T, F and K only; rows at or past num_tokens[0] are written as zeros and change nothing.
 Batch-invariant: see _product. Beyond MOST_TOKENS rows rmsnorm, linear and silu_and_mul apart are faster.
+On Hopper weight may be read before the node ahead has ended, which must not write it.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from ._quantized import PLAIN, Kind, Quantized, check_weight
 from ._tile import Tile
 
 if _check.HAS_GLUON:
-    from ._nodes_hopper import _norm_gate_up_streamed_kernel, weight_box
+    from ._nodes_hopper import _norm_gate_up_streamed_kernel, operands
 
 
 @triton.jit(do_not_specialize=["T"], do_not_specialize_on_alignment=["num_tokens_ptr"])
@@ -64,7 +65,7 @@ def config(T: int, F: int, K: int, dtype: torch.dtype, kind: Kind = PLAIN, strid
     if (c := _tile.streamed(T, 2 * F, K, dtype, False, kind, stride)) is not None:
         return c
     half = 128 if _check.INTERPRETED else 32 if dtype != torch.float32 and F >= 32 * _tile.MULTIPROCESSORS else 16
-    return _tile.tile(T, 2 * F, K, dtype, False, (2 * half, triton.cdiv(F, half)), kind)
+    return _tile.plain_streamed(_tile.tile(T, 2 * F, K, dtype, False, (2 * half, triton.cdiv(F, half)), kind), T, dtype, stride)
 
 
 def norm_gate_up_out(scaled: Scaled, weight: torch.Tensor | Quantized, eps: float, out: torch.Tensor, bias: torch.Tensor | None = None,
@@ -84,8 +85,8 @@ def norm_gate_up_out(scaled: Scaled, weight: torch.Tensor | Quantized, eps: floa
         return
     c = config(T, N // 2, K, x.dtype, kind, x.stride(0))
     if c.IS_STREAMED:
-        _norm_gate_up_streamed_kernel[c.grid(T)](weight_box(weight), x, scaled.squares, scale, bias, out, num_tokens, T, x.stride(0), out.stride(0),
-                                                 eps, F=N // 2, PARTS=parts, C=c, **c.options())
+        _norm_gate_up_streamed_kernel[c.grid(T)](*operands(weight, x, c), scaled.squares, scale, bias, out, num_tokens, T, out.stride(0), eps,
+                                                 F=N // 2, PARTS=parts, C=c, **c.options())
         return
     _norm_gate_up_kernel[c.grid(T)](x, scaled.squares, weight, scale, bias, out, num_tokens, T, x.stride(0), out.stride(0), eps, F=N // 2,
                                     PARTS=parts, C=c, **c.options())

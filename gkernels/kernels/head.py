@@ -154,7 +154,7 @@ def config(R: int, V: int, K: int, dtype: torch.dtype, kind: Kind = PLAIN) -> Ti
     """norm_linear's, but for what no bit depends on. Beside the sums the contest holds two more tiles: with 4 warps 32 rows spilled 972 bytes on
     sm_100, 64 rows 904 on Hopper, and gfx942 spills at 32 with any. Weights that Hopper converts stay at 16 rows, whose 2 warps 8 would change for
     another instruction, with other bits."""
-    c, arch = linear.config(R, V, K, dtype, kind=kind, gathers=True), _check.capability()
+    c, arch = linear.config(R, V, K, dtype, kind=kind, streams=False), _check.capability()
     BLOCK_M = min(c.BLOCK_M, 16 if not arch or (arch // 10 == 9 and kind != PLAIN) else 64)
     return c._replace(BLOCK_M=BLOCK_M, num_warps=8 if BLOCK_M > 16 else c.num_warps)
 

@@ -8,6 +8,7 @@ Graph-safe: the path, the grid and the tiles depend on T, N and K only; rows at 
 Batch-invariant: all sums over K are made in one order, fixed by (N, K, dtype, kind of weight) and whether there is a workspace, so a row's bits
 are the same for any T, tile, place and neighbours. `linear` alone is so up to MOST_TOKENS rows only, unless it is asked to stay `invariant`: above
 them torch multiplies, faster, and its bits may depend on T. With a workspace K is split where N gives few programs.
+On Hopper a product may read weight before the node ahead of it has ended, which must not write it; `linear` alone only where the weight is `ready`.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from ._quantized import PLAIN, Kind, Quantized, check_weight
 from ._tile import MOST_TOKENS, Tile
 
 if _check.HAS_GLUON:
-    from ._nodes_hopper import _linear_streamed_kernel, weight_box
+    from ._nodes_hopper import _linear_streamed_kernel, operands
 
 __all__ = ["MOST_TOKENS", "Quantized", "Scaled", "Workspace", "linear", "linear_out", "linear_residual", "norm_linear", "norm_linear_out"]
 
@@ -118,12 +119,14 @@ def _zero_pads_kernel(
 
 
 def config(T: int, N: int, K: int, dtype: torch.dtype, splits: bool = False, kind: Kind = PLAIN, leaves_squares: bool = False,
-           stride: int = 8, gathers: bool = False) -> Tile:
-    """BLOCK_K and SPLITS ignore T, which is what keeps rows bitwise the same. leaves_squares: of which every kind of weight has as many."""
-    c = None if gathers else _tile.streamed(T, N, K, dtype, splits, kind, stride)
+           stride: int = 8, streams: bool = True) -> Tile:
+    """Splits and the order of K ignore T, which is what keeps rows bitwise the same. leaves_squares: of which every kind of weight has as many.
+    streams: whether weight and x may come by the hardware's copies, the weight before the node ahead has ended."""
+    c = _tile.streamed(T, N, K, dtype, splits, kind, stride) if streams else None
     if c is not None and (not leaves_squares or c.parts == _tile.parts(N, dtype, splits)):
         return c
-    return _tile.tile(T, N, K, dtype, splits, kind=kind, shares=not leaves_squares)
+    c = _tile.tile(T, N, K, dtype, splits, kind=kind, shares=not leaves_squares)
+    return _tile.plain_streamed(c, T, dtype, stride) if streams else c
 
 
 def _torch_linear(x, weight, bias, out, num_tokens):
@@ -144,7 +147,7 @@ def _torch_linear(x, weight, bias, out, num_tokens):
 
 
 def _launch(op, x, checked, out, bias, num_tokens, workspace, squares=None, parts=0, eps=0.0, index=None, is_residual=False, norm=None, scaled=None,
-            invariant=True):
+            invariant=True, ready=True):
     """checked: what `check_weight` returns."""
     weight, scale, kind = checked
     (X, K), N, T = x.shape, weight.shape[0], x.shape[0] if index is None else index.shape[0]
@@ -157,7 +160,7 @@ def _launch(op, x, checked, out, bias, num_tokens, workspace, squares=None, part
     if T > MOST_TOKENS and kind == PLAIN and not invariant:
         _torch_linear(x, weight, bias, out, num_tokens)
         return
-    c = config(T, N, K, x.dtype, workspace is not None, kind, norm is not None, x.stride(0), index is not None)
+    c = config(T, N, K, x.dtype, workspace is not None, kind, norm is not None, x.stride(0), ready and index is None)
     if norm is not None:
         _check.tensor(op, "norm", norm, (N,), (x.dtype,), x.device)
         left = _product.check_scaled(op, "scaled", scaled, T, N, (x.dtype,), x.device, writes=True)
@@ -165,27 +168,29 @@ def _launch(op, x, checked, out, bias, num_tokens, workspace, squares=None, part
     if T == 0:
         return
     tensors = bias, out, norm, *(scaled or (None, None)), *_product.check_workspace(op, workspace, c, T, x.device), num_tokens
-    numbers = x.stride(0), out.stride(0), scaled.x.stride(0) if scaled else 0, eps
+    numbers = out.stride(0), scaled.x.stride(0) if scaled else 0, eps
     constants = dict(IS_RESIDUAL=is_residual, PARTS=parts, C=c) | c.options()
     if c.IS_STREAMED:
-        _linear_streamed_kernel[c.grid(T)](weight_box(weight), x, squares, scale, *tensors, T, *numbers, **constants)
+        _linear_streamed_kernel[c.grid(T)](*operands(weight, x, c), squares, scale, *tensors, T, *numbers, **constants)
     else:
-        _linear_kernel[c.grid(T)](x, squares, index, weight, scale, *tensors, T, X, *numbers, **constants)
+        _linear_kernel[c.grid(T)](x, squares, index, weight, scale, *tensors, T, X, x.stride(0), *numbers, **constants)
 
 
 def linear_out(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, bias: torch.Tensor | None = None,
-               num_tokens: torch.Tensor | None = None, workspace: Workspace | None = None, invariant: bool = False) -> None:
+               num_tokens: torch.Tensor | None = None, workspace: Workspace | None = None, invariant: bool = False, ready: bool = False) -> None:
     """Writes x @ weight.T + bias to `out`, which must not overlap `x`. Shapes: see the module. invariant: a row's bits do not depend on T, also
-    above MOST_TOKENS rows. Raises ValueError or TypeError."""
+    above MOST_TOKENS rows. ready: the node ahead does not write `weight`, so it may be fetched before that has ended. Raises ValueError or
+    TypeError."""
     _check.tensor("linear", "x", x, (None, None), _check.FLOATS)
-    _launch("linear", x, check_weight("linear", weight, None, x.shape[1], x), out, bias, num_tokens, workspace, invariant=invariant)
+    checked = check_weight("linear", weight, None, x.shape[1], x)
+    _launch("linear", x, checked, out, bias, num_tokens, workspace, invariant=invariant, ready=ready)
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, num_tokens: torch.Tensor | None = None,
-           dtype: torch.dtype | None = None, workspace: Workspace | None = None, invariant: bool = False) -> torch.Tensor:
+           dtype: torch.dtype | None = None, workspace: Workspace | None = None, invariant: bool = False, ready: bool = False) -> torch.Tensor:
     """Returns x @ weight.T + bias in x's dtype, or in `dtype`; rows at or past num_tokens[0] are zeros."""
     out = torch.empty(x.shape[0], weight.shape[0], dtype=dtype or x.dtype, device=x.device)
-    linear_out(x, weight, out, bias, num_tokens, workspace, invariant)
+    linear_out(x, weight, out, bias, num_tokens, workspace, invariant, ready)
     return out
 
 

@@ -9,6 +9,7 @@ The pairs of a head are (d, d + rotary_dim / 2); dimensions past rotary_dim are 
 Graph-safe: the grid and the tiles depend on T, K and the heads only; rows at or past num_tokens[0] are zeros in q_out, change nothing,
 and write to no slot, and neither does a slot outside the cache. A position outside the table gives NaN in q and k.
 Batch-invariant: a program holds one head or a part of it, see _product. Beyond MOST_TOKENS rows rmsnorm, linear and rotary_kv_write apart are faster.
+On Hopper weight may be read before the node ahead has ended, which must not write it.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from ._quantized import PLAIN, Kind, Quantized, check_weight
 from ._tile import Tile
 
 if _check.HAS_GLUON:
-    from ._nodes_hopper import _norm_qkv_streamed_kernel, weight_box
+    from ._nodes_hopper import _norm_qkv_streamed_kernel, operands
 
 MAX_D = 128               # wider heads spill
 MOST_ROWS = 64            # of a tile, unless norms need a whole head
@@ -131,7 +132,8 @@ def config(T: int, heads: int, D: int, rotary_dim: int, K: int, dtype: torch.dty
     pairs = rotary_dim // 2 + (D - rotary_dim + 1) // 2
     rows = max(2 * triton.next_power_of_2(pairs), 16)
     cuts = 1 if has_norms else max(rows // MOST_ROWS, 1)
-    return _tile.tile(T, heads * D, K, dtype, splits, (rows // cuts, heads * cuts), kind)
+    c = _tile.tile(T, heads * D, K, dtype, splits, (rows // cuts, heads * cuts), kind)
+    return _tile.plain_streamed(c, T, dtype, stride) if D == rotary_dim and not has_norms else c
 
 
 def norm_qkv(scaled: Scaled, weight: torch.Tensor | Quantized, eps: float, positions: torch.Tensor, cos_sin: torch.Tensor,
@@ -165,13 +167,13 @@ def norm_qkv(scaled: Scaled, weight: torch.Tensor | Quantized, eps: float, posit
     c = config(T, H + 2 * KV, D, rotary_dim, K, x.dtype, workspace is not None, kind, q_norm is not None or k_norm is not None,
                x.stride(0))
     scratch = _product.check_workspace(op, workspace, c, T, device)
-    strides = x.stride(0), *k_cache.stride()[:3], *v_cache.stride()[:3], *q_out.stride()[:2]
+    strides = *k_cache.stride()[:3], *v_cache.stride()[:3], *q_out.stride()[:2]
     if c.IS_STREAMED:
         _norm_qkv_streamed_kernel[c.grid(T)](
-            weight_box(weight), x, scaled.squares, scale, bias, positions, cos_sin, slot_mapping, k_cache, v_cache, q_out, *scratch, num_tokens, T, L,
-            N, eps, *strides, H=H, KV=KV, PAGE_SIZE=P, PARTS=parts, C=c, **c.options())
+            *operands(weight, x, c), scaled.squares, scale, bias, positions, cos_sin, slot_mapping, k_cache, v_cache, q_out, *scratch, num_tokens,
+            T, L, N, eps, *strides, H=H, KV=KV, PAGE_SIZE=P, PARTS=parts, C=c, **c.options())
         return
     _norm_qkv_kernel[c.grid(T)](
         x, scaled.squares, weight, scale, bias, q_norm, k_norm, positions, cos_sin, slot_mapping, k_cache, v_cache, q_out,
-        *scratch, num_tokens, T, L, N, eps, *strides,
+        *scratch, num_tokens, T, L, N, eps, x.stride(0), *strides,
         H=H, KV=KV, D=D, ROTARY=rotary_dim // 2, PAGE_SIZE=P, PARTS=parts, C=c, **c.options())
