@@ -84,10 +84,14 @@ def test_linear_alone_streams_what_is_ready(hopper):
 
 def of_both(monkeypatch, launch):
     """What a launch leaves as it is, and without this kernel; launch() returns its outputs."""
-    streamed = launch()
+    streams, options = [], _tile.Tile.options
     with monkeypatch.context() as patch:
+        patch.setattr(_tile.Tile, "options", lambda c: streams.append(c.IS_STREAMED) or options(c))
+        streamed = launch()
         patch.setattr(_check, "HAS_GLUON", False)
-        return streamed, launch()
+        other = launch()
+    assert streams == [True, False], "a kernel is compared with itself"
+    return streamed, other
 
 
 def assert_same_bits(streamed, other):
@@ -165,6 +169,15 @@ def test_every_node_leaves_the_bits_of_the_other_kernel(kind, tokens, K, dtype, 
         for launch in launches:
             assert_same_bits(*of_both(patch, launch))
     assert not case.workspace.counters.any(), "counters are zeros between launches"
+
+
+@needs_hopper
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind, T", [("fp8 row", 16), ("int4 128", 16), ("plain", 16), ("plain", 64)])
+def test_rows_of_x_may_be_one_row(kind, T, device, monkeypatch):
+    case = Case(3, T, torch.bfloat16, None, False, device, 4096)
+    case.x = case.x[:1].expand(T, -1)
+    assert_same_bits(*of_both(monkeypatch, case.residual(kind, 4096)))
 
 
 @needs_hopper
