@@ -78,7 +78,7 @@ def test_chunks_that_nothing_touches_stay_unread(groups):
     logits, (lens, status) = torch.zeros(R, V), rows("cpu")
     with interpreter.accesses() as launches:
         room.adjust_out(logits, room.Adjustments(**given), lens, status, logits)
-    chunk, touched = room.config(V).CHUNK, torch.zeros(R, V, dtype=torch.bool)
+    chunk, touched = room.config(R, V).CHUNK, torch.zeros(R, V, dtype=torch.bool)
     touched[1, TOKEN // chunk * chunk:][:chunk] = True
     assert logits[1, TOKEN] != 0
     for seen in (launches[0].read("logits_ptr"), launches[0].written("logits_ptr")):

@@ -91,14 +91,19 @@ def test_a_top_k_off_by_one_is_caught(device):
         check_equals_reference(broken, batch(torch.zeros(8, 16, device=device), top_k=4, position=range(8)))
 
 
-def probs_by_kernel(arguments):
-    """What the kernels draw from, float32 [R, V], and the workspace that they leave."""
+def sampled(arguments, has_probs=False):
+    """The tokens, the modes that the passes leave, and where asked for what was drawn from, float32 [R, V]."""
     R, V = arguments["logits"].shape
     device, arguments = arguments["logits"].device, {k: v.clone() if k != "logits" else v for k, v in arguments.items()}
-    workspace, out, probs = room.Workspace.allocate(R, V, device), torch.empty(R, dtype=torch.int32, device=device), torch.empty(R, V, device=device)
+    workspace, out = room.Workspace.allocate(R, V, device), torch.empty(R, dtype=torch.int32, device=device)
+    probs = torch.empty(R, V, device=device) if has_probs else None
     room.sample_out(**arguments, workspace=workspace, out=out, probs=probs)
     assert not workspace.counts.any(), "counts are left for the next launch"
-    return probs
+    return out, workspace.state[:, 0].tolist(), probs
+
+
+def probs_by_kernel(arguments):
+    return sampled(arguments, has_probs=True)[2]
 
 
 def check_kept(probs, arguments, is_exact):
@@ -129,18 +134,54 @@ def test_kept_set_is_the_sorts_at_any_scale(device, temperature, spread):
     check_kept(probs_by_kernel(arguments), arguments, is_exact=False)
 
 
-@pytest.mark.parametrize("options, mode", [
-    (dict(top_k=40), _sampling.SHORT), (dict(top_k=40, top_p=0.9, min_p=0.1), _sampling.SHORT), (dict(top_p=0.6), _sampling.SHORT),
-    (dict(top_k=400), _sampling.LIST), (dict(top_p=0.9999), _sampling.LIST), (dict(min_p=0.1), _sampling.SHORT),
-    (dict(min_p=0.5, top_p=0.999), _sampling.SHORT), (dict(top_k=40, typical_p=0.9), _sampling.LIST), (dict(), _sampling.DONE)], ids=str)
+@pytest.mark.parametrize("options, mode, mode_with_probs", [
+    (dict(top_k=40), _sampling.SHORT, _sampling.SHORT), (dict(top_k=40, top_p=0.9, min_p=0.1), _sampling.SHORT, _sampling.SHORT),
+    (dict(top_k=400), _sampling.LIST, _sampling.LIST), (dict(top_k=40, typical_p=0.9), _sampling.LIST, _sampling.LIST),
+    (dict(min_p=0.1), _sampling.SHORT, _sampling.SHORT), (dict(), _sampling.DONE, _sampling.DONE),
+    (dict(top_p=0.6), _sampling.SHORT, _sampling.SHORT), (dict(top_p=0.9999), None, _sampling.LIST),
+    (dict(min_p=0.5, top_p=0.999), None, _sampling.SHORT)], ids=str)
 @pytest.mark.parametrize("kind", ["normal", "ties"])
-def test_rows_that_keep_few_tokens_go_the_short_way(device, kind, options, mode):
-    """What the passes leave for `select`."""
-    arguments, workspace = batch(draw_logits(3, kind, 2, 6020, torch.float32, device), **options), room.Workspace.allocate(2, 6020, device)
-    out = torch.empty(2, dtype=torch.int32, device=device)
-    room.sample_out(**arguments, workspace=workspace, out=out)
-    assert workspace.state[:, 0].tolist() == [mode] * 2 and not workspace.counts.any()
+def test_rows_that_keep_few_tokens_go_the_short_way(device, kind, options, mode, mode_with_probs):
+    """What the passes leave for `select`. A nucleus is found for its probabilities only."""
+    arguments = batch(draw_logits(3, kind, 2, 6020, torch.float32, device), **options)
+    tokens, modes, _ = sampled(arguments)
+    assert set(modes) <= ({_sampling.DONE, _sampling.WINNER} if mode is None else {mode})
+    found, modes, _ = sampled(arguments, has_probs=True)
+    assert modes == [mode_with_probs] * 2
+    assert_same(found, tokens)
     check_equals_reference(room.sample, arguments)
+
+
+def turned_down(arguments):
+    """How many winners each row turns down before it keeps one, by the twin's scores and sorts: int64 [R]."""
+    options = {k: v for k, v in arguments.items() if k not in ("seq_lens", "status")}
+    scores = twin.scores(**options | dict(top_p=torch.ones_like(options["top_p"])))
+    kept = twin.keep(**{k: v for k, v in options.items() if k not in ("seed", "position")})
+    place = twin.clean(options["logits"]).sort(dim=-1, descending=True, stable=True).indices.argsort(-1)
+    numbers, winner = torch.zeros(len(kept), dtype=torch.long, device=kept.device), scores.argmax(-1, keepdim=True)
+    while not kept.gather(-1, winner).all():
+        numbers += ~kept.gather(-1, winner)[:, 0]
+        following = torch.where(place < place.gather(-1, winner), scores, -INF).argmax(-1, keepdim=True)
+        winner = torch.where(kept.gather(-1, winner), winner, following)
+    return numbers
+
+
+@pytest.mark.parametrize("kind", ["normal", "ties"])
+@pytest.mark.parametrize("config, first_judges", [(room.Config(512, 512, 512, 1), 1), (room.Config(128, 128, 128, 1), 2)], ids=str)
+def test_winners_are_turned_down_until_one_is_kept(device, monkeypatch, kind, config, first_judges):
+    """Rows that keep the first winner, the second, and those that one program goes on with, which are rare: found among 6000 seeds."""
+    monkeypatch.setattr(room, "config", lambda R, V: config)
+    monkeypatch.setattr(room, "TWICE_FROM", 1 if first_judges == 2 else 100)
+    logits, options = draw_logits(5, kind, 1, 300, torch.float32, device), dict(temperature=3.0, top_p=_sampling.LEAST_P)
+    numbers = turned_down(batch(logits.expand(6000, -1), seed=range(6000), **options))
+    seeds = [int(seed) for number in range(4) for seed in (numbers == number).nonzero()[:1]]
+    arguments = batch(logits.expand(len(seeds), -1).contiguous(), seed=seeds, **options)
+    numbers, (tokens, modes, _) = turned_down(arguments).tolist(), sampled(arguments)
+    assert {0, 1, 2, 3} <= set(numbers)
+    assert modes == [_sampling.DONE if number < first_judges else _sampling.WINNER for number in numbers]
+    assert_same(tokens, sampled(arguments, has_probs=True)[0])
+    check_equals_reference(room.sample, arguments)
+    check_equals_reference(room.sample, arguments | dict(min_p=torch.full_like(arguments["min_p"], 0.5)))
 
 
 @few

@@ -3,10 +3,13 @@
 A row's last program to arrive in `first` or `reach` settles it for the next pass, and in `draw` ends it: no pass waits for a host or a barrier. All
 merges are exact (maxima, integer sums, float64 scores), so neither arrival nor chunking moves a bit.
 
-  first   the greatest logit, and that of every GROUP tokens; rows that drop nothing are drawn here and are done, as are greedy ones
-  reach   where few tokens may be kept, these are listed; else the tokens in each of BINS bins are counted, which bounds where the prefix ends
+  first   the greatest logit, and that of every GROUP tokens; rows that drop nothing are drawn here and are done, as are greedy ones. Where only top_p
+          drops, and not much, the winner of all tokens is found here
+  reach   such rows end here if they keep that winner; where rows are many, it is launched twice, and they end if they keep the next. Of others, where
+          few tokens may be kept, these are listed; else the tokens in each of BINS bins are counted, which bounds where the prefix ends
   draw    tokens above the bins where the prefix may end compete where they are read, and those in them are listed; nothing where `reach` listed.
-          One program a row finds the end in the list, or in the whole row where the list cannot hold it, and draws
+          One program a row finds the end in the list, or in the whole row where the list cannot hold it, and draws. Rows that turned their winners
+          down end here if they keep the next, or one program goes on until they keep one
 """
 
 import triton
@@ -18,17 +21,20 @@ from ._overlap import wait_for_node_before
 from ._sampling_bins import BINS, LINEAR, bin_of, bounds_of
 from ._sampling_contest import decide, draw_of, enter, greatest_of, least_of, most_of, nobody, tile_ahead
 from ._sampling_cut import kept_of, select, tile_of
+from ._sampling_rejection import LEAST_P, is_kept, masses_of, next_winner, winner_of
 from ._sampling_short import FAMILY, GROUP, SHORT_K, families, group_words, list_reached, put_groups, settle_families, settle_groups
 from ._sampling_tokens import better, first_best, mass_of, scaled, scores, tile_at
 
 NO_TOKEN, BAD_OPTION = 4, 8
 STATE = 16                                            # int32 a row: what one pass leaves for the next
-DONE, COUNT, LIST, ROW, SHORT = 0, 1, 2, 3, 4         # modes: drawn; to be counted; to be drawn with a list; from the row; from a list alone
+DONE, COUNT, LIST, ROW, SHORT, WINNER = range(6)      # modes: drawn; to be counted; to be drawn with a list; from the row; from a list alone;
+                                                      # drawn as if all were kept
 _INF = tl.constexpr(float("inf"))
 _LOWEST = tl.constexpr(-0x7F800001)                   # the key of -inf
 _NO_TOKEN, _BAD_OPTION, _BINS, _STATE = tl.constexpr(NO_TOKEN), tl.constexpr(BAD_OPTION), tl.constexpr(BINS), tl.constexpr(STATE)
-_DONE, _COUNT, _LIST, _ROW, _SHORT = (tl.constexpr(mode) for mode in (DONE, COUNT, LIST, ROW, SHORT))
+_DONE, _COUNT, _LIST, _ROW, _SHORT, _WINNER = (tl.constexpr(mode) for mode in range(6))
 _GROUP, _FAMILY, _SHORT_K, _LINEAR = tl.constexpr(GROUP), tl.constexpr(FAMILY), tl.constexpr(SHORT_K), tl.constexpr(LINEAR)
+_LEAST_P = tl.constexpr(LEAST_P)
 
 
 @triton.jit
@@ -55,12 +61,12 @@ def _settle(scores_ptr, partials_ptr, row, V: tl.constexpr, CHUNKS: tl.constexpr
 
 
 @triton.jit
-def _merge(scores_ptr, partials_ptr, row, V: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_C: tl.constexpr):
-    """The greatest of the chunks' scores, and its id."""
+def _winners(scores_ptr, partials_ptr, row, V: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_C: tl.constexpr):
+    """The greatest score of each chunk, and its id."""
     offs_c = tl.arange(0, BLOCK_C)
     at, mask = row * CHUNKS + offs_c, offs_c < CHUNKS
     score = tl.load(scores_ptr + at * 2 + 1, mask, other=-_INF, cache_modifier=".cg")
-    return first_best(score, tl.load(partials_ptr + at * 3 + 1, mask, other=V, cache_modifier=".cg").to(tl.int32), V)
+    return score, tl.load(partials_ptr + at * 3 + 1, mask, other=V, cache_modifier=".cg").to(tl.int32)
 
 
 @triton.jit
@@ -102,7 +108,7 @@ def first_kernel(
     groups_ptr,        # [R, group_words] int32: of each GROUP tokens the key of the greatest logit, all masses in units of 2^-24 of its, and families
     stride_lr,
     V: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr, STREAM: tl.constexpr, BLOCK_C: tl.constexpr,
-    GROUPS: tl.constexpr, BLOCK_G: tl.constexpr, CAPACITY: tl.constexpr, HAS_TYPICAL: tl.constexpr, OVERLAPS: tl.constexpr,
+    GROUPS: tl.constexpr, BLOCK_G: tl.constexpr, CAPACITY: tl.constexpr, HAS_TYPICAL: tl.constexpr, NEEDS_CUT: tl.constexpr, OVERLAPS: tl.constexpr,
 ):
     wait_for_node_before(OVERLAPS)
     chunk, row = tl.program_id(0) % CHUNKS, tl.program_id(0) // CHUNKS
@@ -126,8 +132,11 @@ def first_kernel(
         return
     cuts, keeps_few = (top_k < V) | (top_p < 1.0) | (typical_p < 1.0), (top_k <= _SHORT_K) & (top_k <= GROUPS // 4)
     may_be_short = (keeps_few | (top_k == V)) & (typical_p == 1.0)
-    draws_here = (temperature > 0.0) & (cuts == 0) & (min_p == 0.0)
-    has_groups, has_masses = (temperature > 0.0) & (draws_here == 0), (top_k == V) & (top_p < 1.0) & (typical_p == 1.0)
+    is_nucleus = (top_k == V) & (top_p < 1.0) & (typical_p == 1.0)
+    turns_down = is_nucleus & (top_p >= _LEAST_P) & (NEEDS_CUT == 0)
+    has_masses = is_nucleus & (turns_down == 0)
+    draws_here = (temperature > 0.0) & (((cuts == 0) & (min_p == 0.0)) | turns_down)
+    has_groups = (temperature > 0.0) & (draws_here == 0)
     # The more families a top_k needs, the lower is the bound that they give, and the more tokens reach it
     needs_families = may_be_short & (top_k <= families(GROUPS) // 3)
     needs_groups = may_be_short & (top_k < V) & (needs_families == 0)
@@ -170,6 +179,8 @@ def first_kernel(
                 first_infinite = tl.min(tl.where(x == _INF, ids, V), 0)
                 token = tl.minimum(tl.where(at == 0, V, token), first_infinite)
             tl.store(out_ptr + row, tl.where(none, -1, token))
+            mode = tl.where(is_drawn & turns_down, _WINNER, _DONE)
+            tl.store(state + 12, token)
         tl.store(state, mode)
         tl.store(state + 1, top.to(tl.int32, bitcast=True))
         _put_cut(state, (tl.full((), _LOWEST, tl.int32), V, 0.0, tl.full((), 0.0, tl.float32), tl.full((), -2**31, tl.int32), V))
@@ -177,26 +188,62 @@ def first_kernel(
         tl.store(status_ptr + row, status | flags)
 
 
-@triton.jit(do_not_specialize_on_alignment=["temperature_ptr", "top_k_ptr", "top_p_ptr", "min_p_ptr", "typical_p_ptr"])
+@triton.jit
+def _judge(row, chunk, winner, row_ptr, top, temperature, partials_ptr, counter_ptr, V: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
+           BLOCK: tl.constexpr):
+    """Leaves a chunk's mass and that before the winner, and says whether this program is the row's last."""
+    first, partial = chunk * CHUNK, partials_ptr + (row * CHUNKS + chunk) * 3
+    before, total = masses_of(row_ptr, first, tl.minimum(first + CHUNK, V), winner, top, temperature, V, BLOCK)
+    tl.store(partial, total)
+    tl.store(partial + 2, before)
+    return arrive(counter_ptr, CHUNKS)
+
+
+@triton.jit
+def _verdict(row, winner, top, temperature, top_p, min_p, partials_ptr, CHUNKS: tl.constexpr, BLOCK_C: tl.constexpr):
+    total, before = sum_of(partials_ptr, row, 0, CHUNKS, BLOCK_C), sum_of(partials_ptr, row, 2, CHUNKS, BLOCK_C)
+    return is_kept(before, total, winner, top, temperature, top_p, min_p)
+
+
+@triton.jit(do_not_specialize_on_alignment=["temperature_ptr", "top_k_ptr", "top_p_ptr", "min_p_ptr", "typical_p_ptr", "seed_ptr", "position_ptr",
+                                            "out_ptr"])
 def reach_kernel(
-    logits_ptr, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, typical_p_ptr,                                     # as in first_kernel
-    partials_ptr,      # [R, CHUNKS, 3]: the chunk's mass, that below the linear bins, and that above all bins
+    logits_ptr, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, typical_p_ptr, seed_ptr, position_ptr, out_ptr,    # as in first_kernel
+    scores_ptr,        # [R, CHUNKS, 2], as `first` left it
+    partials_ptr,      # [R, CHUNKS, 3]: the chunk's mass, that below the linear bins, and that above all bins; or the chunk's mass, the id that
+                       # `first` left, and the mass before the winner
     counts_ptr, state_ptr, groups_ptr,                                                                               # as in first_kernel
     list_x_ptr,        # [R, ROOM] float32: CAPACITY tokens, and room for `select`
     list_ids_ptr,      # [R, ROOM] int32
     stride_lr,
     V: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_C: tl.constexpr, GROUPS: tl.constexpr,
-    CAPACITY: tl.constexpr, ROOM: tl.constexpr, HAS_TYPICAL: tl.constexpr, OVERLAPS: tl.constexpr,
+    CAPACITY: tl.constexpr, ROOM: tl.constexpr, HAS_TYPICAL: tl.constexpr, IS_SECOND: tl.constexpr, OVERLAPS: tl.constexpr,
 ):
     wait_for_node_before(OVERLAPS)
     chunk, row = tl.program_id(0) % CHUNKS, tl.program_id(0) // CHUNKS
     state, counts_ptr, row_ptr = state_ptr + row * _STATE, counts_ptr + row * (_BINS + 4), logits_ptr + row.to(tl.int64) * stride_lr
     mode, top, one, two = tl.load(state), tl.load(state + 1).to(tl.float32, bitcast=True), tl.load(state + 12), tl.load(state + 13)
     options = (temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, typical_p_ptr)
-    temperature, top_k, top_p, _, typical_p, _ = options_of(row, options, V, HAS_TYPICAL)
-    if (mode != _COUNT) & (mode != _SHORT):
+    temperature, top_k, top_p, min_p, typical_p, _ = options_of(row, options, V, HAS_TYPICAL)
+    seed, position = tl.load(seed_ptr + row), tl.load(position_ptr + row)
+    if (mode == _DONE) | (mode == _LIST):
         return
-    if mode == _SHORT:
+    if IS_SECOND:
+        if mode != _WINNER:
+            return
+    if mode == _WINNER:
+        winner = winner_of(row_ptr, one)
+        if _judge(row, chunk, winner, row_ptr, top, temperature, partials_ptr, counts_ptr + _BINS + 1, V, CHUNK, CHUNKS, BLOCK):
+            if _verdict(row, winner, top, temperature, top_p, min_p, partials_ptr, CHUNKS, BLOCK_C):
+                tl.store(state, _DONE)
+            else:
+                token = next_winner(_winners(scores_ptr, partials_ptr, row, V, CHUNKS, BLOCK_C), row_ptr, winner, top, temperature, min_p, seed,
+                                    position, V, CHUNK, BLOCK)[0]
+                tl.store(state + 12, token)
+                tl.store(out_ptr + row, token)
+    elif IS_SECOND:
+        pass
+    elif mode == _SHORT:
         lists = row.to(tl.int64) * ROOM
         list_reached(row_ptr, groups_ptr + row * group_words(GROUPS), list_x_ptr + lists, list_ids_ptr + lists, counts_ptr + _BINS + 2, top,
                      temperature, one, two.to(tl.float32, bitcast=True), chunk * (CHUNK // _GROUP), V, BLOCK, GROUPS, CHUNK // _GROUP, CAPACITY)
@@ -223,12 +270,12 @@ def reach_kernel(
             far = sum_of(partials_ptr, row, 1, CHUNKS, BLOCK_C).to(tl.float32) * 2.3283064365386963e-10
             near = sum_of(partials_ptr, row, 2, CHUNKS, BLOCK_C).to(tl.float32) * 2.3283064365386963e-10
             # Where top_k is off, more than there are, so that no bin is its end
-            first, last, k_bin, k_left, listed = bounds_of(counts, near, far, total, scale, offset, tl.where(top_k < V, top_k, V + 1),
-                                                           top_p, typical_p < 1.0)
+            first_bin, last_bin, k_bin, k_left, listed = bounds_of(counts, near, far, total, scale, offset,
+                                                                   tl.where(top_k < V, top_k, V + 1), top_p, typical_p < 1.0)
             fits = listed <= CAPACITY
             tl.store(state, tl.where(fits, _LIST, _ROW))
-            tl.store(state + 2, first)
-            tl.store(state + 3, last)
+            tl.store(state + 2, first_bin)
+            tl.store(state + 3, last_bin)
             tl.store(state + 4, k_bin)
             tl.store(state + 5, tl.where(fits, k_left, top_k))
 
@@ -273,8 +320,8 @@ def _draw(row_ptr, options, draws, state, counter, list_x_ptr, list_ids_ptr, sco
                                             "out_ptr"])
 def draw_kernel(
     logits_ptr, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, typical_p_ptr, seed_ptr, position_ptr, out_ptr,    # as in first_kernel
-    scores_ptr,        # [R, CHUNKS, 2]: the second is written
-    partials_ptr,      # [R, CHUNKS, 3]: mass surely kept, id of the greatest score, mass that counts in the total only
+    scores_ptr,        # [R, CHUNKS, 2]: the second is written, or read as `first` left it
+    partials_ptr,      # [R, CHUNKS, 3]: mass surely kept, id of the greatest score, mass that counts in the total only; or as in reach_kernel
     counts_ptr, state_ptr, list_x_ptr, list_ids_ptr, stride_lr,                                                      # as in reach_kernel
     V: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
     CAPACITY: tl.constexpr, ROOM: tl.constexpr, RANKED: tl.constexpr, HAS_TYPICAL: tl.constexpr, OVERLAPS: tl.constexpr,
@@ -283,15 +330,27 @@ def draw_kernel(
     chunk, row = tl.program_id(0) % CHUNKS, tl.program_id(0) // CHUNKS
     state, arrivals = state_ptr + row * _STATE, counts_ptr + row * (_BINS + 4) + _BINS + 1
     # All of it at once, before a branch depends on any
-    mode, top, k_left, k_bin = tl.load(state), tl.load(state + 1), tl.load(state + 5), tl.load(state + 4)
+    mode, top, k_left, k_bin, next_token = tl.load(state), tl.load(state + 1), tl.load(state + 5), tl.load(state + 4), tl.load(state + 12)
     count = tl.load(arrivals + 1, chunk == 0, other=0)
     known = (tl.load(state + 15).to(tl.int64) << 32) | (tl.load(state + 14).to(tl.int64) & 0xFFFFFFFF)
     options = (temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, typical_p_ptr)
     temperature, top_k, top_p, min_p, typical_p, _ = options_of(row, options, V, HAS_TYPICAL)
     seed, position = tl.load(seed_ptr + row), tl.load(position_ptr + row)
-    if (mode == _DONE) | ((mode != _LIST) & (chunk > 0)):
+    if (mode == _DONE) | ((mode != _LIST) & (mode != _WINNER) & (chunk > 0)):
         return
     lists, row_ptr, top = row.to(tl.int64) * ROOM, logits_ptr + row.to(tl.int64) * stride_lr, top.to(tl.float32, bitcast=True)
+    if mode == _WINNER:
+        winner = winner_of(row_ptr, next_token)
+        if _judge(row, chunk, winner, row_ptr, top, temperature, partials_ptr, arrivals, V, CHUNK, CHUNKS, BLOCK):
+            keeps = _verdict(row, winner, top, temperature, top_p, min_p, partials_ptr, CHUNKS, BLOCK_C)
+            score, ids = _winners(scores_ptr, partials_ptr, row, V, CHUNKS, BLOCK_C)
+            while keeps == 0:                          # fewer tokens are before it each time, and the greatest is kept
+                next_token, score, ids = next_winner((score, ids), row_ptr, winner, top, temperature, min_p, seed, position, V, CHUNK, BLOCK_S)
+                winner = winner_of(row_ptr, next_token)
+                before, total = masses_of(row_ptr, 0, V, winner, top, temperature, V, BLOCK)
+                keeps = is_kept(before, total, winner, top, temperature, top_p, min_p)
+            tl.store(out_ptr + row, next_token)
+        return
     list_x_ptr, list_ids_ptr = list_x_ptr + lists, list_ids_ptr + lists
     sure, beyond, score, token = tl.full((), 0, tl.int64), tl.full((), 0, tl.int64), tl.full((), -_INF, tl.float64), tl.full((), V, tl.int32)
     selects = chunk == 0
@@ -303,7 +362,7 @@ def draw_kernel(
         if selects:
             count = tl.load(arrivals + 2, cache_modifier=".cg")
             sure, beyond = sum_of(partials_ptr, row, 0, CHUNKS, BLOCK_C), sum_of(partials_ptr, row, 2, CHUNKS, BLOCK_C)
-            score, token = _merge(scores_ptr, partials_ptr, row, V, CHUNKS, BLOCK_C)
+            score, token = first_best(*_winners(scores_ptr, partials_ptr, row, V, CHUNKS, BLOCK_C), V)
     if selects == 0:
         return
     tl.debug_barrier()                                                             # every thread has the count before it is cleared

@@ -1,9 +1,9 @@
 """How a program finds the greatest score of the tokens that it reads, most of which it need not compute.
 
 A token's first word of noise bounds its score from above, at a third of what the score costs. Each place of a tile keeps the token of its greatest
-bound, and the greatest bound of its others: no tile waits for another thread. At the end the tokens of the greatest bounds are scored one by one,
-until none is left that may win; rarely two of one place may, or too many, and the tiles are read again. Where every token of a chunk competes
-(`draw_of`), a place keeps no token, but the greatest bound of all of its own, which are scored together.
+bound, and the greatest bound of its others: no tile waits for another thread. At the end the tokens of the greatest bounds are scored, one of each
+warp's in a turn, until none is left that may win; rarely two of one place may, or too many, and the tiles are read again. Where every token of a
+chunk competes (`draw_of`), a place keeps no token, but the greatest bound of all of its own, which are scored together.
 """
 
 import triton
@@ -13,7 +13,8 @@ from ._noise import key_at, word_of
 from ._sampling_tokens import better, clean, first_best, scores, tile_at
 
 _INF = tl.constexpr(float("inf"))
-_TURNS = tl.constexpr(12)                             # tokens or places scored one by one, about 1 us each; 3 are usual
+_TURNS = tl.constexpr(12)                             # about 1 us each; the first is enough unless the best two are of one warp
+_LANES, _WARPS = tl.constexpr(32), tl.constexpr(8)
 _LOG2E = tl.constexpr(1.4426950408889634)
 _UNIT = tl.constexpr(4)                               # tokens that a thread loads at once, whose greatest no other thread is asked for
 _RESCORED = tl.constexpr(1024)                        # tokens of a tile where all are scored
@@ -51,17 +52,34 @@ def least_of(score, reference, temperature):
 
 
 @triton.jit
+def _by_warps(places, PLACES: tl.constexpr):
+    """Places as [times, WARPS, LANES], whose middle is the warp that has them."""
+    LANES: tl.constexpr = min(PLACES, _LANES)
+    WARPS: tl.constexpr = min(PLACES // LANES, _WARPS)
+    return tl.reshape(places, (PLACES // (WARPS * LANES), WARPS, LANES))
+
+
+@triton.jit
+def _first_best_of_warps(score, ids, V: tl.constexpr):
+    """[WARPS]: the greatest value that each warp has, and the lowest id that has it. No warp waits for another."""
+    best = tl.max(tl.max(score, 2), 0)
+    return best, tl.min(tl.min(tl.where(score == best[None, :, None], ids, V), 2), 0)
+
+
+@triton.jit
 def decide(standing, row_ptr, reference, temperature, seed, position, V: tl.constexpr):
     """The greatest score of the places' tokens, its id, and whether another token may still win."""
-    best, best_ids, others = standing
+    PLACES: tl.constexpr = standing[0].shape[0]
+    best, best_ids, others = _by_warps(standing[0], PLACES), _by_warps(standing[1], PLACES), tl.max(standing[2], 0)
     score, token, least, turn = tl.full((), -_INF, tl.float64), tl.full((), V, tl.int32), tl.full((), -_INF, tl.float32), tl.full((), 0, tl.int32)
-    most = tl.max(best, 0)
+    most = tl.max(standing[0], 0)
     while (most > least) & (turn < _TURNS):
-        id = tl.min(tl.where(best == most, best_ids, V), 0)
-        score, token = better(score, token, scores(clean(tl.load(row_ptr + id)), id, True, temperature, seed, position), id)
-        best = tl.where(best_ids == id, -_INF, best)
-        most, least, turn = tl.max(best, 0), least_of(score, reference, temperature), turn + 1
-    return score, token, tl.maximum(most, tl.max(others, 0)) > least
+        tops, ids = _first_best_of_warps(best, best_ids, V)
+        x = clean(tl.load(row_ptr + ids, tops > -_INF, other=-_INF))
+        score, token = better(score, token, *first_best(scores(x, ids, tops > -_INF, temperature, seed, position), ids, V))
+        best = tl.where(best_ids == ids[None, :, None], -_INF, best)
+        most, least, turn = tl.max(tl.max(tl.max(best, 2), 0), 0), least_of(score, reference, temperature), turn + 1
+    return score, token, tl.maximum(most, others) > least
 
 
 @triton.jit
@@ -116,14 +134,17 @@ def draw_of(row_ptr, tile, first, stop, temperature, seed, position, V: tl.const
     most = most * 1.1920928955078125e-07                                           # to units of 1
     most += tl.abs(most) * 3.814697265625e-06 + 159.001                            # covers the rounding: at most 2^-20 of the terms
     score, token, least, turn = tl.full((), -_INF, tl.float64), tl.full((), V, tl.int32), tl.full((), -_INF, tl.float32), tl.full((), 0, tl.int32)
-    greatest, places, members = tl.where(top > -_INF, tl.max(most, 0), -_INF), tl.arange(0, PLACES), tl.arange(0, CHUNK // PLACES)
+    greatest, members = tl.where(top > -_INF, tl.max(most, 0), -_INF), tl.arange(0, CHUNK // PLACES)
+    most, places = _by_warps(most, PLACES), _by_warps(tl.arange(0, PLACES), PLACES)
     while (greatest > least) & (turn < _TURNS):
-        place = tl.min(tl.where(most == greatest, places, PLACES), 0)
-        ids = _start_of(first + members // _UNIT * BLOCK, V, BLOCK) + place * _UNIT + members % _UNIT
+        _, place = _first_best_of_warps(most, places, PLACES)
+        ids = (_start_of(first + members // _UNIT * BLOCK, V, BLOCK) + members % _UNIT)[None, :] + place[:, None] * _UNIT      # [WARPS, members]
         x = clean(tl.load(row_ptr + ids, ids < V, other=-_INF))
-        score, token = better(score, token, *first_best(scores(x, ids, x > -_INF, temperature, seed, position), ids, V))
-        most = tl.where(places == place, -_INF, most)
-        greatest, least, turn = tl.max(most, 0), (score * _LOG2E).to(tl.float32), turn + 1
+        next_scores = scores(x, ids, x > -_INF, temperature, seed, position)
+        next_score = tl.max(tl.max(next_scores, 1), 0)
+        score, token = better(score, token, next_score, tl.min(tl.min(tl.where(next_scores == next_score, ids, V), 1), 0))
+        most = tl.where(places == place[None, :, None], -_INF, most)
+        greatest, least, turn = tl.max(tl.max(tl.max(most, 2), 0), 0), (score * _LOG2E).to(tl.float32), turn + 1
     RESCORED: tl.constexpr = min(BLOCK, _RESCORED)
     for at in range(first, tl.where(greatest > least, stop, first), RESCORED):       # too many may win: all are scored
         ids, x = tile_at(row_ptr, at, V, RESCORED)

@@ -155,13 +155,13 @@ def _cut_by_rank(source, known, sure, beyond, k_left, has_k, top, temperature, t
     rank, before = _rank(source, number, top, temperature, nothing, V, RANKED, True, False)    # all of them kept where this one is
     kept = (x > -_INF) & ((rank < k_left) | (has_k == 0))
     if top_p < 1.0:
-        need = _need(known, sure + beyond + tl.sum(tl.where(kept, mass_of(z), 0), 0), top_p)
+        need = need_of(known, sure + beyond + tl.sum(tl.where(kept, mass_of(z), 0), 0), top_p)
         kept = kept & (before < need - sure)
     return _key_and_id(tl.min(tl.where(kept, number, 0x7FFFFFFFFFFFFFFF), 0))                  # where nothing is kept, before all tokens
 
 
 @triton.jit
-def _need(known, total, p):
+def need_of(known, total, p):
     """The mass that a prefix has to reach: p of the row's, where that is known, or else of the total."""
     return tl.ceil(p.to(tl.float64) * tl.maximum(known, total).to(tl.float64)).to(tl.int64)
 
@@ -182,11 +182,11 @@ def select(source, known, sure, beyond, k_left, has_k, top, temperature, top_p, 
     if (top_p < 1.0) & (is_ranked == 0):
         cut = (key, id, 0.0, mean)
         listed, _ = _sums_from(source, none, none, top, temperature, cut, V, BLOCK, True, False)
-        need = _need(known, sure + beyond + listed, top_p) - sure
+        need = need_of(known, sure + beyond + listed, top_p) - sure
         key, id = _cut_at(source, need, top, temperature, cut, V, BLOCK, RANKED, True, False)
     if HAS_TYPICAL:
         if typical_p < 1.0:
             total, mean = _mean_of(source, top, temperature, (key, id, min_p), V, BLOCK)
             cut = (key, id, min_p, mean)
-            typical_key, typical_id = _cut_at(source, _need(0, total, typical_p), top, temperature, cut, V, BLOCK, RANKED, True, True)
+            typical_key, typical_id = _cut_at(source, need_of(0, total, typical_p), top, temperature, cut, V, BLOCK, RANKED, True, True)
     return key, id, min_p, mean, typical_key, typical_id

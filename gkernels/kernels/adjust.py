@@ -22,6 +22,7 @@ import triton.language as tl
 from . import _check
 from ._overlap import overlap, wait_for_node_before
 from ._sampling import BAD_OPTION
+from ._tile import MULTIPROCESSORS
 
 _INF = tl.constexpr(float("inf"))
 _BAD_OPTION = tl.constexpr(BAD_OPTION)
@@ -34,9 +35,9 @@ def _bad_ids(ids, mask, V: tl.constexpr):
 
 
 @triton.jit
-def _meets(ids, chunk, CHUNK: tl.constexpr):
-    """Whether one of the ids is a token of the chunk."""
-    return tl.max(((ids >= chunk * CHUNK) & (ids < chunk * CHUNK + CHUNK)).to(tl.int32), 0) == 1
+def _meets(ids, first, COUNT: tl.constexpr):
+    """Whether one of the ids is one of COUNT tokens from `first` on."""
+    return tl.max(((ids >= first) & (ids < first + COUNT)).to(tl.int32), 0) == 1
 
 
 @triton.jit
@@ -45,6 +46,12 @@ def _ban(x, offs_v, ids_ptr, N: tl.constexpr):
     for i in range(0, N):
         x = tl.where(offs_v == tl.load(ids_ptr + i), -_INF, x)
     return x
+
+
+@triton.jit
+def _bits(words):
+    """Of words [N, 1], whether each of their bits is set: [N, 32]."""
+    return ((words >> tl.arange(0, 32)[None, :]) & 1) != 0
 
 
 @triton.jit
@@ -76,28 +83,23 @@ def _adjust_kernel(
     seq_lens_ptr,      # [R] int32
     status_ptr,        # [R] int32, read and written
     lines, allowed_lines, stride_lr, stride_or, stride_cr, stride_pr, stride_ar,
-    V: tl.constexpr, CHUNK: tl.constexpr, B: tl.constexpr, W: tl.constexpr, S: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_W: tl.constexpr,
-    BLOCK_S: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_PENALTIES: tl.constexpr, HAS_ALLOWED: tl.constexpr, HAS_BANNED: tl.constexpr,
-    HAS_STOP: tl.constexpr, HAS_SLOTS: tl.constexpr, IN_PLACE: tl.constexpr, OVERLAPS: tl.constexpr,
+    V: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, B: tl.constexpr, W: tl.constexpr, S: tl.constexpr, BLOCK_B: tl.constexpr,
+    BLOCK_W: tl.constexpr, BLOCK_S: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_PENALTIES: tl.constexpr, HAS_ALLOWED: tl.constexpr,
+    HAS_BANNED: tl.constexpr, HAS_STOP: tl.constexpr, HAS_SLOTS: tl.constexpr, IN_PLACE: tl.constexpr, OVERLAPS: tl.constexpr,
 ):
     wait_for_node_before(OVERLAPS)
-    chunk, row = tl.program_id(0), tl.program_id(1)
-    offs_v = chunk * CHUNK + tl.arange(0, CHUNK)                                   # [CHUNK]
-    mask, row64 = offs_v < V, row.to(tl.int64)
-    out = out_ptr + row64 * stride_or + offs_v
-    if tl.load(seq_lens_ptr + row) <= 0:
-        if not IN_PLACE:
-            tl.store(out, tl.zeros((CHUNK,), out_ptr.dtype.element_ty), mask)
-        return
+    first, row = tl.program_id(0) * CHUNK, tl.program_id(1)
+    stop, row64 = tl.minimum(first + CHUNK, V), row.to(tl.int64)
+    is_live = tl.load(seq_lens_ptr + row) > 0                                      # with all that a row says of itself, before a branch needs any
     line = tl.load(slots_ptr + row).to(tl.int64) if HAS_SLOTS else row64
     off = row < 0                                                                  # what a group that does not exist is
     is_bad, is_biased, is_penalised, is_masked, is_banned, is_stopped = off, off, off, off, off, off
     if HAS_BIAS:
         offs_b = tl.arange(0, BLOCK_B)
-        ids = tl.load(bias_ids_ptr + row * B + offs_b, offs_b < B, other=-1)
+        bias_ids = tl.load(bias_ids_ptr + row * B + offs_b, offs_b < B, other=-1)
         bias = tl.load(bias_ptr + row * B + offs_b, offs_b < B, other=0.0)
-        is_bad = is_bad | _bad_ids(ids, offs_b < B, V) | (tl.max(((ids >= 0) & ((tl.abs(bias) < _INF) == 0)).to(tl.int32), 0) == 1)
-        is_biased = _meets(ids, chunk, CHUNK)
+        is_bad = is_bad | _bad_ids(bias_ids, offs_b < B, V) | (tl.max(((bias_ids >= 0) & ((tl.abs(bias) < _INF) == 0)).to(tl.int32), 0) == 1)
+        is_biased = _meets(bias_ids, first, CHUNK)
     if HAS_PENALTIES:
         repetition, good_repetition = _good_penalty(tl.load(repetition_ptr + row), 1.0)
         presence, good_presence = _good_penalty(tl.load(presence_ptr + row), 0.0)
@@ -106,51 +108,52 @@ def _adjust_kernel(
         repetition = tl.where(repetition > 0.0, repetition, 1.0)
         is_bad = is_bad | ((good_repetition & good_presence & good_frequency) == 0)
         is_penalised = (repetition != 1.0) | (presence != 0.0) | (frequency != 0.0)
+        has_counts = is_live & (line >= 0) & (line < lines)
     if HAS_ALLOWED:
-        offs_w = chunk * (CHUNK // 32) + tl.arange(0, CHUNK // 32)                 # [CHUNK / 32]
-        known_words = (offs_w * 32 < V) & (line >= 0) & (line < allowed_lines)
-        words = tl.load(allowed_ptr + line * stride_ar + offs_w, known_words, other=-1)
-        is_masked = tl.min((words == -1).to(tl.int32), 0) == 0
+        offs_w, has_mask = first // 32 + tl.arange(0, CHUNK // 32), (line >= 0) & (line < allowed_lines)               # [CHUNK / 32]
+        allowed_ptr += line * stride_ar
+        is_masked = tl.min((tl.load(allowed_ptr + offs_w, (offs_w * 32 < V) & has_mask, other=-1) == -1).to(tl.int32), 0) == 0
     if HAS_BANNED:
         offs_n = tl.arange(0, BLOCK_W)
-        ids = tl.load(banned_ptr + row * W + offs_n, offs_n < W, other=-1)
-        is_bad = is_bad | _bad_ids(ids, offs_n < W, V)
-        is_banned = _meets(ids, chunk, CHUNK)
+        banned_ids = tl.load(banned_ptr + row * W + offs_n, offs_n < W, other=-1)
+        is_bad = is_bad | _bad_ids(banned_ids, offs_n < W, V)
+        is_banned = _meets(banned_ids, first, CHUNK)
     if HAS_STOP:
         offs_s = tl.arange(0, BLOCK_S)
-        ids = tl.load(stop_ptr + row * S + offs_s, offs_s < S, other=-1)
-        is_bad = is_bad | _bad_ids(ids, offs_s < S, V)
-        is_stopped = (tl.load(generated_ptr + row) < tl.load(min_tokens_ptr + row)) & _meets(ids, chunk, CHUNK)
-    if (chunk == 0) & is_bad:
+        stop_ids = tl.load(stop_ptr + row * S + offs_s, offs_s < S, other=-1)
+        is_bad = is_bad | _bad_ids(stop_ids, offs_s < S, V)
+        is_stopped = (tl.load(generated_ptr + row) < tl.load(min_tokens_ptr + row)) & _meets(stop_ids, first, CHUNK)
+    if (first == 0) & is_bad & is_live:
         tl.store(status_ptr + row, tl.load(status_ptr + row) | _BAD_OPTION)
     if IN_PLACE:                                                                   # most chunks of most rows, whose logits stay unread
-        if (is_biased | is_penalised | is_masked | is_banned | is_stopped) == 0:
+        if (is_live == 0) | ((is_biased | is_penalised | is_masked | is_banned | is_stopped) == 0):
             return
-    x = tl.load(logits_ptr + row64 * stride_lr + offs_v, mask, other=0.0).to(tl.float32)
-    if HAS_BIAS:
-        if is_biased:
-            for i in range(0, B):
-                value, _ = _good_penalty(tl.load(bias_ptr + row * B + i), 0.0)
-                x = tl.where(offs_v == tl.load(bias_ids_ptr + row * B + i), x + value, x)
-    if HAS_PENALTIES:
-        if is_penalised:
-            known = mask & (line >= 0) & (line < lines)
-            count = tl.maximum(tl.load(counts_ptr + line * stride_cr + offs_v, known, other=0), 0)
-            prompt = (tl.load(prompt_ptr + line * stride_pr + offs_v // 32, known, other=0) >> (offs_v % 32)) & 1
-            seen = (count > 0) | (prompt != 0)
-            x = tl.where(seen, tl.where(x > 0.0, x / repetition, x * repetition), x)
-            x = x - frequency * count.to(tl.float32) - tl.where(count > 0, presence, 0.0)
-    if HAS_ALLOWED:
-        if is_masked:                                                              # else the bits of each token stay unread
-            bit = (tl.load(allowed_ptr + line * stride_ar + offs_v // 32, mask, other=0) >> (offs_v % 32)) & 1
-            x = tl.where(bit != 0, x, -_INF)
-    if HAS_BANNED:
-        if is_banned:
-            x = _ban(x, offs_v, banned_ptr + row * W, W)
-    if HAS_STOP:
-        if is_stopped:
-            x = _ban(x, offs_v, stop_ptr + row * S, S)
-    tl.store(out, x.to(out_ptr.dtype.element_ty), mask)
+    for at in range(first, stop, BLOCK):
+        words = at // 32 + tl.arange(0, BLOCK // 32)[:, None]                      # [BLOCK / 32, 1]
+        offs_v = words * 32 + tl.arange(0, 32)[None, :]                            # [BLOCK / 32, 32]: a word's tokens are a line
+        mask, has_word = offs_v < V, words * 32 < V
+        x = tl.load(logits_ptr + row64 * stride_lr + offs_v, mask & is_live, other=0.0).to(tl.float32)
+        if HAS_BIAS:
+            if is_biased & _meets(bias_ids, at, BLOCK):
+                for i in range(0, B):
+                    value, _ = _good_penalty(tl.load(bias_ptr + row * B + i), 0.0)
+                    x = tl.where(offs_v == tl.load(bias_ids_ptr + row * B + i), x + value, x)
+        if HAS_PENALTIES:
+            if is_penalised:
+                count = tl.maximum(tl.load(counts_ptr + line * stride_cr + offs_v, mask & has_counts, other=0), 0)
+                prompt = tl.load(prompt_ptr + line * stride_pr + words, has_word & has_counts, other=0)
+                x = tl.where((count > 0) | _bits(prompt), tl.where(x > 0.0, x / repetition, x * repetition), x)
+                x = x - frequency * count.to(tl.float32) - tl.where(count > 0, presence, 0.0)
+        if HAS_ALLOWED:
+            if is_masked:
+                x = tl.where(_bits(tl.load(allowed_ptr + words, has_word & has_mask, other=-1)), x, -_INF)
+        if HAS_BANNED:
+            if is_banned & _meets(banned_ids, at, BLOCK):
+                x = _ban(x, offs_v, banned_ptr + row * W, W)
+        if HAS_STOP:
+            if is_stopped & _meets(stop_ids, at, BLOCK):
+                x = _ban(x, offs_v, stop_ptr + row * S, S)
+        tl.store(out_ptr + row64 * stride_or + offs_v, tl.where(is_live, x, 0.0).to(out_ptr.dtype.element_ty), mask)
 
 
 @dataclass(frozen=True)
@@ -176,13 +179,16 @@ class Adjustments:
 
 @dataclass(frozen=True)
 class Config:
-    CHUNK: int
+    CHUNK: int               # tokens of a program, a power of two
+    BLOCK: int               # of them it takes at a time
     num_warps: int
 
 
-def config(V: int) -> Config:
-    chunk = min(max(triton.next_power_of_2(V), 128), 2048)
-    return Config(chunk, max(chunk // 512, 1))
+def config(R: int, V: int) -> Config:
+    """A program asks its row's options once: it has four tiles where there are rows enough for 4 programs a multiprocessor."""
+    block = min(max(triton.next_power_of_2(V), 128), 1024)
+    enough = R * triton.cdiv(V, 4 * block) >= 4 * MULTIPROCESSORS
+    return Config(4 * block if enough else block, block, max(block // 256, 1))
 
 
 TABLES = ("counts", "prompt", "allowed")           # their lines are indexed by slots
@@ -232,7 +238,7 @@ def adjust_out(logits: torch.Tensor, adjustments: Adjustments, seq_lens: torch.T
             _check.tensor(op, name, t, (R,), (torch.int32,), device, aligned=False)
     if R == 0 or V == 0:
         return
-    c, width = config(V), lambda t: 0 if t is None else t.shape[1]
+    c, width = config(R, V), lambda t: 0 if t is None else t.shape[1]
     stride = lambda t: 0 if t is None else t.stride(0)
     B, W, S = width(a.bias_ids), width(a.banned_ids), width(a.stop_ids)
     block = lambda n: triton.next_power_of_2(max(n, 1))
@@ -240,7 +246,7 @@ def adjust_out(logits: torch.Tensor, adjustments: Adjustments, seq_lens: torch.T
         logits, out, *(getattr(a, field.name) for field in fields(a)), seq_lens, status,
         0 if a.counts is None or a.prompt is None else min(len(a.counts), len(a.prompt)),
         0 if a.allowed is None else len(a.allowed), logits.stride(0), out.stride(0), stride(a.counts), stride(a.prompt), stride(a.allowed),
-        V=V, CHUNK=c.CHUNK, B=B, W=W, S=S, BLOCK_B=block(B), BLOCK_W=block(W), BLOCK_S=block(S), HAS_BIAS=B > 0,
+        V=V, CHUNK=c.CHUNK, BLOCK=c.BLOCK, B=B, W=W, S=S, BLOCK_B=block(B), BLOCK_W=block(W), BLOCK_S=block(S), HAS_BIAS=B > 0,
         HAS_PENALTIES=a.repetition is not None, HAS_ALLOWED=a.allowed is not None, HAS_BANNED=W > 0, HAS_STOP=S > 0,
         HAS_SLOTS=a.slots is not None, IN_PLACE=in_place, num_warps=c.num_warps, **overlap())
 

@@ -29,10 +29,11 @@ from ._sampling import BINS, GROUP, STATE, draw_kernel, first_kernel, reach_kern
 from ._sampling import NO_TOKEN as NO_TOKEN
 from ._sampling_probs import probs_kernel
 from ._sampling_short import group_words
+from ._tile import MULTIPROCESSORS
 
-MULTIPROCESSORS = 132                                 # of an H100 or H200
 LEAST_CHUNK = 1024                                    # tokens
 RANKED = 128                                          # lists up to this length are ranked, each token against each; longer ones are halved first
+TWICE_FROM = 128                                      # rows, of which one in 200 turns two winners down at top_p 0.9; the next takes it 60 us or more
 MAX_V = 262144                                        # masses of 2^32 each then sum below 2^53, exact in float64
 
 
@@ -138,10 +139,11 @@ def sample_out(logits: torch.Tensor, temperature: torch.Tensor, top_k: torch.Ten
     passes, merged, lists = cut | dict(CHUNK=c.CHUNK), dict(BLOCK_C=triton.next_power_of_2(chunks)), dict(CAPACITY=c.CAPACITY)
     room = dict(ROOM=c.CAPACITY + RANKED)
     first_kernel[(chunks * R,)](logits, *options, seed, position, seq_lens, keeps, status, out, w.scores, w.partials, w.counts, w.state, w.groups,
-                                stride, STREAM=c.stream, GROUPS=groups, BLOCK_G=triton.next_power_of_2(groups), **passes, **merged, **lists,
-                                **_check.registers(128))
-    reach_kernel[(chunks * R,)](logits, *options, w.partials, w.counts, w.state, w.groups, w.list_x, w.list_ids, stride, GROUPS=groups, **passes,
-                                **merged, **lists, **room, **_check.registers(128))
+                                stride, STREAM=c.stream, GROUPS=groups, BLOCK_G=triton.next_power_of_2(groups), NEEDS_CUT=probs is not None, **passes,
+                                **merged, **lists, **_check.registers(128))
+    for is_second in (False, True) if R >= TWICE_FROM and probs is None else (False,):
+        reach_kernel[(chunks * R,)](logits, *options, seed, position, out, w.scores, w.partials, w.counts, w.state, w.groups, w.list_x, w.list_ids,
+                                    stride, GROUPS=groups, IS_SECOND=is_second, **passes, **merged, **lists, **room, **_check.registers(128))
     # At most 4 elements a thread where rows end: 128 registers hold them (sm_120 spilled 36 bytes), and two programs have room
     draw_kernel[(chunks * R,)](logits, *options, seed, position, out, w.scores, w.partials, w.counts, w.state, w.list_x, w.list_ids, stride,
                                BLOCK_S=min(c.BLOCK, 1024), RANKED=RANKED, **passes | dict(num_warps=8), **merged, **lists, **room,
