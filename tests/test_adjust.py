@@ -57,7 +57,28 @@ def test_in_place_is_the_same_rounded_once(device, seed, dtype, V, chosen):
     assert_same(logits, want)
 
 
-TOKEN = 2100                                                # in the second chunk of three
+@given(seeds, dtypes, st.sampled_from([1, 300, 900, 1500]), groups)
+def test_programs_of_several_tiles_change_no_bit(device, seed, dtype, V, chosen):
+    """As where rows are many: chunks of four tiles, the last ragged, of which options touch some."""
+    logits, options, (lens, status) = randn(seed, R, V, dtype=dtype, device=device), draw(seed, V, chosen, device), rows(device, (5, 0, 2))
+    adjusted = []
+    for config in (room.Config(128, 128, 1), room.Config(512, 128, 1)):
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(room, "config", lambda R, V, config=config: config)
+            in_place = logits.clone()
+            room.adjust_out(in_place, options, lens, status, in_place)
+            adjusted.append((room.adjust(logits, options, lens, status), in_place))
+    for one_tile, four_tiles in zip(*adjusted, strict=True):
+        assert_same(four_tiles, one_tile)
+    assert_close(adjusted[1][0], *(twin.adjust(x, options, lens, status.clone()) for x in (logits.double(), logits)))
+    assert not status.any()
+
+
+def test_many_rows_share_their_options_among_tiles():
+    assert (room.config(64, 128256), room.config(1, 128256)) == (room.Config(4096, 1024, 4), room.Config(1024, 1024, 4))
+
+
+TOKEN = 2100                                                # in the third chunk of five
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="looks at the CPU interpreter")
